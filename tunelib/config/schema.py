@@ -1,0 +1,291 @@
+"""Every setting of tunelib: one frozen dataclass per TOML section, each field's docstring being its help.
+
+A field's docstring is shown by ``--help`` and in ``docs/config.md``. Defaults live here and nowhere else. ``Bounds`` says in
+the type what a number may be; relations between fields are in ``check.py``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The values a number may have: ``minimum <= value <= maximum``, or one of ``also``."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    """An exclusive lower bound."""
+    also: tuple[float, ...] = ()
+    """Single values allowed besides, such as -1 for "work it out"."""
+
+
+Count = Annotated[int, Bounds(minimum=1)]
+CountOrAuto = Annotated[int, Bounds(minimum=1, also=(-1,))]
+NonNegativeInt = Annotated[int, Bounds(minimum=0)]
+NonNegative = Annotated[float, Bounds(minimum=0)]
+Positive = Annotated[float, Bounds(above=0)]
+Fraction = Annotated[float, Bounds(minimum=0, maximum=1)]
+OpenFraction = Annotated[float, Bounds(above=0, maximum=0.999999)]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The run as a whole."""
+
+    config_file: str = ""
+    """The TOML file to run; given on the command line, never in a file."""
+    dump_folder: str = ""
+    """The run folder, where everything the run writes goes. Empty: ./outputs/<name of the config file>."""
+    description: str = ""
+    """A line for people, shown when the run starts."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretching of the rotary position embedding, with Hugging Face's own names."""
+
+    rope_type: Literal["default", "llama3"] = "default"
+    """"default": no scaling. "llama3": the wavelength-dependent scaling of Llama 3.1 and later."""
+    factor: Positive = 8.0
+    """How much slower the slowest rotations become: 8 for Llama 3.1 and 3.3, 32 for Llama 3.2."""
+    low_freq_factor: Positive = 1.0
+    """Wavelengths longer than the original context divided by this are scaled in full."""
+    high_freq_factor: Positive = 4.0
+    """Wavelengths shorter than the original context divided by this are kept."""
+    original_max_position_embeddings: Count = 8192
+    """Context length, in tokens, that the model had before scaling."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The architecture, where no config.json is loaded: a named size, Hugging Face's own field names, or a size with some
+    fields replaced. The tokenizer may always be named."""
+
+    flavor: str = ""
+    """A named size, such as "llama3.2-1b" or "smollm2-135m"."""
+    tokenizer_path: str = ""
+    """Folder with the tokenizer files. Empty: the folder of the weights."""
+    vocab_size: Count | None = None
+    """Rows of the embedding. Unset without a flavor: the tokenizer's size, rounded up to a multiple of 2."""
+    hidden_size: Count | None = None
+    """Width of the residual stream."""
+    intermediate_size: Count | None = None
+    """Width inside the feed-forward block."""
+    num_hidden_layers: Count | None = None
+    """Number of decoder layers."""
+    num_attention_heads: Count | None = None
+    """Number of query heads."""
+    num_key_value_heads: Count | None = None
+    """Number of key and value heads. Unset: as many as query heads."""
+    head_dim: Count | None = None
+    """Width of one head. Unset: hidden_size / num_attention_heads."""
+    max_position_embeddings: Count | None = None
+    """Longest context, in tokens, that the model says it can take. Unset without a flavor: training.seq_len."""
+    rms_norm_eps: Positive | None = None
+    """Added to the mean square inside RMSNorm. Unset without a flavor: 1e-5."""
+    rope_theta: Positive | None = None
+    """Base of the rotary frequencies. Unset without a flavor: 10000."""
+    tie_word_embeddings: bool | None = None
+    """Use the embedding's weight as the head's. Unset without a flavor: false."""
+    initializer_range: Positive | None = None
+    """Standard deviation of freshly drawn weights. Unset without a flavor: 0.02."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns in the data."""
+
+    messages: str = "messages"
+    """Chat: a list of {"role", "content"}."""
+    instruction: str = "instruction"
+    """Instruct: what is asked."""
+    input: str = "input"
+    """Instruct: the material it is asked about; may be missing or empty."""
+    output: str = "output"
+    """Instruct: the answer."""
+    text: str = "text"
+    """Text: the document."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is trained on."""
+
+    path: str = ""
+    """A local .jsonl file, or a plain text file (.txt, .md), which is one document."""
+    format: Literal["auto", "chat", "instruct", "text"] = "auto"
+    """How a row is read. "auto" looks at the columns of the first row and says what it found."""
+    columns: Columns = field(default_factory=Columns)
+    chat_template: str = ""
+    """A named template ("chatml") or a file ending in .jinja. Empty: the tokenizer folder's own."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens of a chat or instruction are trained: the answers with their end-of-turn token, or all. Text is always trained whole."""
+    packing: bool = True
+    """Put several documents in one row; attention and positions never cross from one to the next."""
+    too_long: Literal["auto", "truncate", "split", "drop", "error"] = "auto"
+    """What happens to a document longer than training.seq_len. "auto": split for text, truncate for chat and instruct. Counted and printed."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Length, batch and arithmetic of the run."""
+
+    steps: Count | None = None
+    """Optimizer steps of the whole run. Give this or training.epochs."""
+    epochs: Count | None = None
+    """Passes over the data. The last batch is filled from the next epoch's order."""
+    global_batch_size: Count = 8
+    """Rows per optimizer step, over all processes and micro-batches."""
+    local_batch_size: CountOrAuto = -1
+    """Rows of one micro-batch on one process; gradients accumulate up to global_batch_size. -1: the largest divisor of a process's share that is at most 8."""
+    seq_len: Count = 2048
+    """Tokens per row."""
+    max_norm: Positive = 1.0
+    """Gradients are scaled down to this L2 norm over all parameters."""
+    seed: NonNegativeInt = 0
+    """Order of the data and freshly drawn weights follow from it."""
+    deterministic: bool = False
+    """Use only deterministic kernels, and stop where there is none."""
+    dtype: Dtype = "auto"
+    """Type of parameters and optimizer state; auto is float32."""
+    mixed_precision_param: Dtype = "auto"
+    """Type that parameters are computed in; auto is bfloat16 on CUDA (float64 stays float64), training.dtype elsewhere."""
+    mixed_precision_reduce: Dtype = "auto"
+    """Type that gradients are reduced in between processes; auto is float32 on CUDA (float64 stays float64), training.dtype elsewhere."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The optimizer; norms and biases get no weight decay."""
+
+    name: Literal["AdamW", "SGD"] = "AdamW"
+    """Which optimizer, in torch's fused implementation."""
+    lr: Positive = 3e-4
+    """The learning rate that warmup rises to."""
+    beta1: Annotated[float, Bounds(minimum=0, maximum=0.999999)] = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: OpenFraction = 0.95
+    """AdamW: decay of the second moment."""
+    eps: Positive = 1e-8
+    """AdamW: added to the denominator."""
+    momentum: Fraction = 0.0
+    """SGD: momentum."""
+    weight_decay: NonNegative = 0.1
+    """Weight decay of matrices and embeddings: decoupled for AdamW, part of the gradient for SGD."""
+
+
+@dataclass(frozen=True)
+class LrScheduler:
+    """How the learning rate moves: warmup, a stable part, and a decay to the end of the run."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear rise; the first step has lr / warmup_steps, never 0."""
+    decay_type: Literal["constant", "linear", "cosine", "sqrt"] = "constant"
+    """Shape of the decay. "constant": none."""
+    decay_ratio: Positive | None = None
+    """Share of the run's steps that decay takes, at its end (warmup-stable-decay). Unset: from the end of warmup on."""
+    min_lr_factor: Fraction = 0.0
+    """The lr that the decay ends at, as a share of optimizer.lr."""
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How the work is spread; it changes nothing else."""
+
+    data_parallel_replicate_degree: Count = 1
+    """Copies of the sharded model (HSDP)."""
+    data_parallel_shard_degree: CountOrAuto = -1
+    """Processes over which parameters, gradients and optimizer state are sharded (FSDP2). -1: all that are left."""
+    tensor_parallel_degree: Count = 1
+    """Processes over which each matrix product is split."""
+    pipeline_parallel_degree: Count = 1
+    """Groups of layers that work on different micro-batches at once."""
+    context_parallel_degree: Count = 1
+    """Processes over which each row's tokens are split."""
+    fsdp_reshard_after_forward: Literal["always", "never"] = "always"
+    """"always": gathered parameters are freed after the forward pass (less memory); "never": kept for the backward pass (less communication)."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saving, resuming, and where weights come from and leave to."""
+
+    enable_checkpoint: bool = False
+    """Save training state while training, and resume from it."""
+    folder: str = "checkpoint"
+    """Where the step folders go, inside job.dump_folder."""
+    interval: Count = 500
+    """Save every so many of interval_type; the last step is always saved."""
+    interval_type: Literal["steps", "seconds", "epochs"] = "steps"
+    """What checkpoint.interval counts."""
+    keep_latest_k: NonNegativeInt = 10
+    """How many full checkpoints are kept; 0 keeps all. The newest good one is never deleted."""
+    load_step: Annotated[int, Bounds(minimum=0, also=(-1,))] = -1
+    """Resume from this step; later ones are set aside as step-N.superseded-K. -1: the newest good one."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """"auto": go on from the newest good checkpoint, else start fresh. "never": start fresh, setting old ones aside. "must": stop if there is none."""
+    initial_load_path: str = ""
+    """Weights to start from: a Hugging Face folder, or a tunelib checkpoint folder. Its config.json says what the model is."""
+    model_weights_only: bool = False
+    """The last checkpoint holds the model's weights alone, in export_dtype; it cannot be resumed from."""
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the exported weights; auto is the type they came in, or training.dtype for a model trained from scratch."""
+    create_seed_checkpoint: bool = False
+    """Write freshly made weights as step 0 and exit; later runs of this folder, on any layout, start from them."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What is written down while training."""
+
+    log_freq: Count = 1
+    """Write a row to metrics.jsonl, and a line to the console, every so many steps."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on held-out documents, and sample answers."""
+
+    enable: bool = False
+    """Validate before the first step, every validation.freq steps and after the last."""
+    freq: Count = 100
+    """Steps between validations."""
+    path: str = ""
+    """A held-out file, in the format of dataset.path. Give this or validation.fraction."""
+    fraction: OpenFraction | None = None
+    """Share of dataset.path's documents held out, chosen by a hash of each document's tokens."""
+    prompts: tuple[str, ...] = ()
+    """Prompts answered greedily before and after training; written to samples.jsonl."""
+    max_new_tokens: Count = 64
+    """Longest answer to a prompt, in tokens."""
+
+
+@dataclass(frozen=True)
+class Comm:
+    """Communication between processes."""
+
+    init_timeout_seconds: Count = 300
+    """Limit of one collective until the first step has ended."""
+    train_timeout_seconds: Count = 100
+    """Limit of one collective afterwards; raise it where saving or validating makes ranks wait longer."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """tunelib's settings; one attribute per TOML section."""
+
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    dataset: Dataset = field(default_factory=Dataset)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LrScheduler = field(default_factory=LrScheduler)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+    validation: Validation = field(default_factory=Validation)
+    comm: Comm = field(default_factory=Comm)

@@ -1,0 +1,45 @@
+"""The exceptions of the user's world; an assert is for ours.
+
+    TunelibError
+    ├── ConfigError       the TOML file, the command line, or the two together   exit code 2
+    ├── DataError         a data file, a row in it, a chat template, a tokenizer  exit code 2
+    ├── FormatError       weights or a config.json that cannot be read as asked   exit code 2
+    └── CheckpointError   a checkpoint that is missing, damaged or does not fit   exit code 2
+        └── SaveError     writing one failed: the disk's fault, not the user's    exit code 1
+"""
+
+
+class TunelibError(Exception):
+    """A problem that the person who started the run can mend; its text says how."""
+
+    exit_code = 2
+
+
+class ConfigError(TunelibError):
+    """One or more problems of the configuration, each a complete sentence with its place.
+
+    Args:
+        problems: the messages, in the order in which they are shown.
+    """
+
+    def __init__(self, problems: list[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(TunelibError):
+    """Data, template or tokenizer that cannot be trained on; names the file and line where it can."""
+
+
+class FormatError(TunelibError):
+    """Weights, or the config beside them, that cannot be read or written as asked; names tensor and file."""
+
+
+class CheckpointError(TunelibError):
+    """A checkpoint that is missing, damaged, or made by a run that differs from this one."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint or an export could not be written."""
+
+    exit_code = 1
