@@ -1,0 +1,208 @@
+"""Making files and folders final: write, fsync, manifest with checksums, rename; verify, set aside, remove, lock.
+
+This is the only code that gives a folder its final name. A folder is built under a staging name (a leading dot, so that no
+reader takes it for the real thing) and exists once `commit_folder` has returned: every file is on disk, the manifest, written
+last, holds each file's size and crc32, and the parent directory knows the new name.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tunelib.errors import CheckpointError, ConfigError
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+CHUNK_BYTES = 1 << 22
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a whole file and wait until the disk has it."""
+    with open(path, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Give a file new content so that a reader sees the old one or the new one, never a part."""
+    staging = path.with_name(f".{path.name}.staging")
+    write_file(staging, content)
+    os.replace(staging, path)
+    sync_directory(path.parent)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until the disk has what a file or a directory holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+sync_directory = sync_path
+
+
+def crc32_of(path: Path) -> int:
+    """The crc32 of a file's bytes."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def list_files(folder: Path) -> list[str]:
+    """Relative names of all files below a folder but its manifest, sorted."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Size in bytes and crc32 of the named files, as a manifest lists them."""
+    return {name: {"size": (folder / name).stat().st_size, "crc32": crc32_of(folder / name)} for name in names}
+
+
+def make_staging(final: Path) -> Path:
+    """An empty folder beside ``final`` to build it in; what an earlier, interrupted attempt left there is removed."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staging = final.with_name(f".{final.name}.staging")
+    remove_folder(staging)
+    staging.mkdir()
+    return staging
+
+
+def commit_folder(staging: Path, final: Path, files: dict[str, dict[str, int]], **facts: Any) -> None:
+    """Make a staged folder final: fsync its files, write the manifest last, rename, fsync the parent.
+
+    Args:
+        files: what `describe_files` said of every file in it.
+        facts: further manifest entries, such as ``kind`` and ``step``.
+
+    A folder that already has the final name is exchanged with the new one in a single step where the system can (Linux), and
+    then removed.
+    """
+    for name in files:
+        sync_path(staging / name)
+    for directory in {(staging / name).parent for name in files} | {staging}:
+        sync_directory(directory)
+    write_file(staging / MANIFEST, json.dumps({"format": MANIFEST_FORMAT, **facts, "files": files}, indent=1) + "\n")
+    sync_directory(staging)
+    if final.exists():
+        _exchange(staging, final)
+        sync_directory(final.parent)
+        remove_folder(staging)
+    else:
+        os.rename(staging, final)
+        sync_directory(final.parent)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a committed folder.
+
+    Raises:
+        CheckpointError: it is missing, is not JSON, or is not a manifest of a format that this version reads.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the folder was never finished") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise CheckpointError(f"{path} is not a manifest of format {MANIFEST_FORMAT}")
+    for name, entry in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{path} names {name!r}, which lies outside the folder")
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), int) for key in ("size", "crc32")):
+            raise CheckpointError(f"{path} does not give size and crc32 of {name!r}")
+    return manifest
+
+
+def find_damage(folder: Path, files: dict[str, dict[str, int]], names: Iterable[str]) -> list[str]:
+    """What is wrong with the named files of a committed folder, one sentence each; nothing where all is well."""
+    problems = []
+    for name in names:
+        path, expected = folder / name, files[name]
+        try:
+            size = path.stat().st_size
+            if size != expected["size"]:
+                problems.append(f"{path} has {size} bytes instead of {expected['size']}")
+            elif crc32_of(path) != expected["crc32"]:
+                problems.append(f"{path} is damaged: its checksum is not the one in {MANIFEST}")
+        except FileNotFoundError:
+            problems.append(f"{path} is missing")
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error.strerror}")
+    return problems
+
+
+def set_aside(folder: Path, reason: str) -> Path:
+    """Rename a folder to ``<name>.<reason>-K`` with the first free K, and return its new path."""
+    number = 0
+    while (target := folder.with_name(f"{folder.name}.{reason}-{number}")).exists():
+        number += 1
+    os.rename(folder, target)
+    sync_directory(folder.parent)
+    return target
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that an interruption leaves no half of it under its own name."""
+    if not folder.exists():
+        return
+    trash = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.removed")
+    if trash != folder:
+        if trash.exists():
+            shutil.rmtree(trash)
+        os.rename(folder, trash)
+        sync_directory(folder.parent)
+    shutil.rmtree(trash)
+
+
+def remove_debris(folder: Path) -> None:
+    """Remove what interrupted saves and removals left in a folder."""
+    for path in folder.glob(".*"):
+        if path.is_dir() and path.name.endswith((".staging", ".removed")):
+            shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder for one writer; the system lets go when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another run is writing to {folder}: wait for it, or give --job.dump_folder another folder") from None
+        yield
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap the names of two folders, in one step on Linux, else through a third name."""
+    if sys.platform == "linux":
+        at_cwd, rename_exchange = -100, 2
+        libc = ctypes.CDLL(None, use_errno=True)
+        if hasattr(libc, "renameat2") and libc.renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) == 0:
+            return
+    old = second.with_name(f".{second.name}.removed")
+    remove_folder(old)
+    os.rename(second, old)
+    os.rename(first, second)
+    os.rename(old, first)

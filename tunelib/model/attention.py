@@ -1,0 +1,84 @@
+"""Causal attention inside each document of packed rows.
+
+On a CPU every document is one SDPA call: a mask over the whole row would skip no work. On CUDA a block mask of
+FlexAttention skips what lies outside the documents. B batch, S sequence, H heads, K kv heads, D head dim.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunelib.model.config import ModelConfig
+from tunelib.model.rope import rotate
+
+# What tells documents apart: their lengths (CPU) or FlexAttention's block mask over all B x S tokens (CUDA).
+Documents = tuple[int, ...] | Any
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        """(B, S, hidden) → (B, S, hidden)."""
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rope), rotate(k, *rope)  # (B, S, H, D), (B, S, K, D)
+        attend = attend_per_document if isinstance(documents, tuple) else attend_flex
+        return self.o_proj(attend(q, k, v, documents).flatten(-2))
+
+
+def plan_documents(document_lengths: tuple[int, ...], device: torch.device) -> Documents:
+    """What `Attention` needs to keep documents apart on this device; made once per micro-batch, shared by all layers."""
+    return document_lengths if device.type == "cpu" else build_block_mask(document_lengths, device)
+
+
+def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple[int, ...]) -> Tensor:
+    """Causal attention of q (B, S, H, D) to k, v (B, S, K, D) inside each document, → (B, S, H, D).
+
+    Documents are cut with ``split``, whose backward is one concatenation; slices would each fill a gradient of full size.
+    """
+    pieces = (tensor.flatten(0, 1).split(document_lengths) for tensor in (q, k, v))
+    attended = []
+    for of_document in zip(*pieces, strict=True):
+        heads_first = (tensor.transpose(0, 1).unsqueeze(0) for tensor in of_document)  # (1, H, L, D)
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+        attended.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(attended).unflatten(0, q.shape[:2])
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
+    """The same through FlexAttention, all rows laid end to end as one sequence."""
+    one_row = (tensor.flatten(0, 1).transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))  # (1, H, B·S, D)
+    out = _flex_attention(q.is_cuda)(*one_row, block_mask=block_mask, enable_gqa=q.shape[2] != k.shape[2])
+    return out.squeeze(0).transpose(0, 1).unflatten(0, q.shape[:2])
+
+
+def build_block_mask(document_lengths: tuple[int, ...], device: torch.device) -> Any:
+    """FlexAttention's mask of B·S tokens laid end to end: same document, not later."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    lengths = torch.tensor(document_lengths, device=device)
+    document = torch.repeat_interleave(torch.arange(len(document_lengths), device=device), lengths)
+
+    def same_document_not_later(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (document[query] == document[key]) & (query >= key)
+
+    return create_block_mask(same_document_not_later, None, None, len(document), len(document), device=str(device))
+
+
+@functools.cache
+def _flex_attention(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention

@@ -1,0 +1,122 @@
+"""The decoder-only transformer, with Hugging Face's parameter names (``model.layers.0.self_attn.q_proj.weight``).
+
+B batch, S sequence, V vocabulary.
+"""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunelib.model.attention import Attention, Documents, plan_documents
+from tunelib.model.config import ModelConfig
+from tunelib.model.loss import summed_loss
+from tunelib.model.rope import rope_tables
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, the division in float32 or better (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * F.rms_norm(precise, (x.shape[-1],), eps=self.eps).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each after a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, documents)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DecoderBody(nn.Module):
+    """Everything but the head: token ids to normalised hidden states."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, positions: Tensor, document_lengths: tuple[int, ...]) -> Tensor:
+        x = self.embed_tokens(tokens)
+        rope = rope_tables(self.config, positions, x.dtype)
+        documents = plan_documents(document_lengths, tokens.device)
+        for layer in self.layers:
+            x = layer(x, rope, documents)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """A causal language model.
+
+    Called with labels it returns the summed loss of the micro-batch (`summed_loss`); without, the logits (B, S, V).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = DecoderBody(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head use the embedding's weight, where the architecture says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor, document_lengths: tuple[int, ...], labels: Tensor | None = None) -> Tensor:
+        hidden = self.model(tokens, positions, document_lengths)
+        return self.lm_head(hidden) if labels is None else summed_loss(hidden, labels, self.lm_head)
+
+
+def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Decoder:
+    """The model without storage: every parameter on the meta device, in the dtype that it will be trained in."""
+    with torch.device("meta"):
+        return Decoder(config).to(dtype)
+
+
+def draw_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> Tensor:
+    """A fresh parameter as the full float32 tensor on the CPU: a pure function of (seed, name), the same on every layout (law 2).
+
+    Norms are ones and biases zeros; matrices are normal with ``initializer_range``, those that write into the residual stream
+    divided by sqrt(2 · layers) (GPT-2, section 2.3).
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    std = config.initializer_range
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= (2 * config.num_hidden_layers) ** 0.5
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
