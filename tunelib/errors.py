@@ -1,11 +1,11 @@
 """The exceptions of the user's world; an assert is for ours.
 
-    TunelibError
-    ├── ConfigError       the TOML file, the command line, or the two together   exit code 2
-    ├── DataError         a data file, a row in it, a chat template, a tokenizer  exit code 2
-    ├── FormatError       weights or a config.json that cannot be read as asked   exit code 2
-    └── CheckpointError   a checkpoint that is missing, damaged or does not fit   exit code 2
-        └── SaveError     writing one failed: the disk's fault, not the user's    exit code 1
+TunelibError
+├── ConfigError       the TOML file, the command line, or the two together   exit code 2
+├── DataError         a data file, a row in it, a chat template, a tokenizer  exit code 2
+├── FormatError       weights or a config.json that cannot be read as asked   exit code 2
+└── CheckpointError   a checkpoint that is missing, damaged or does not fit   exit code 2
+    └── SaveError     writing one failed: the disk's fault, not the user's    exit code 1
 """
 
 

@@ -1,7 +1,7 @@
 """Every setting of tunelib: one frozen dataclass per TOML section, each field's docstring being its help.
 
 A field's docstring is shown by ``--help`` and in ``docs/config.md``. Defaults live here and nowhere else. ``Bounds`` says in
-the type what a number may be; relations between fields are in ``check.py``.
+the type what a number may be and ``IsPath`` which text is a path; relations between fields are in ``check.py`` and ``effect.py``.
 """
 
 from dataclasses import dataclass, field
@@ -20,6 +20,15 @@ class Bounds:
     """Single values allowed besides, such as -1 for "work it out"."""
 
 
+@dataclass(frozen=True)
+class IsPath:
+    """Marks text that names a file or folder relative to the current directory; the resolved TOML holds it absolute."""
+
+    suffix: str = ""
+    """Only text with this ending is a path; other text is a name."""
+
+
+Path = Annotated[str, IsPath()]
 Count = Annotated[int, Bounds(minimum=1)]
 CountOrAuto = Annotated[int, Bounds(minimum=1, also=(-1,))]
 NonNegativeInt = Annotated[int, Bounds(minimum=0)]
@@ -35,9 +44,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 class Job:
     """The run as a whole."""
 
-    config_file: str = ""
+    config_file: Path = ""
     """The TOML file to run; given on the command line, never in a file."""
-    dump_folder: str = ""
+    dump_folder: Path = ""
     """The run folder, where everything the run writes goes. Empty: ./outputs/<name of the config file>."""
     description: str = ""
     """A line for people, shown when the run starts."""
@@ -48,7 +57,7 @@ class RopeScaling:
     """Stretching of the rotary position embedding, with Hugging Face's own names."""
 
     rope_type: Literal["default", "llama3"] = "default"
-    """"default": no scaling. "llama3": the wavelength-dependent scaling of Llama 3.1 and later."""
+    """"default": the flavor's own scaling, none without a flavor. "llama3": the wavelength-dependent scaling of Llama 3.1 and later."""
     factor: Positive = 8.0
     """How much slower the slowest rotations become: 8 for Llama 3.1 and 3.3, 32 for Llama 3.2."""
     low_freq_factor: Positive = 1.0
@@ -66,7 +75,7 @@ class Model:
 
     flavor: str = ""
     """A named size, such as "llama3.2-1b" or "smollm2-135m"."""
-    tokenizer_path: str = ""
+    tokenizer_path: Path = ""
     """Folder with the tokenizer files. Empty: the folder of the weights."""
     vocab_size: Count | None = None
     """Rows of the embedding. Unset without a flavor: the tokenizer's size, rounded up to a multiple of 2."""
@@ -115,12 +124,12 @@ class Columns:
 class Dataset:
     """What is trained on."""
 
-    path: str = ""
+    path: Path = ""
     """A local .jsonl file, or a plain text file (.txt, .md), which is one document."""
     format: Literal["auto", "chat", "instruct", "text"] = "auto"
     """How a row is read. "auto" looks at the columns of the first row and says what it found."""
     columns: Columns = field(default_factory=Columns)
-    chat_template: str = ""
+    chat_template: Annotated[str, IsPath(suffix=".jinja")] = ""
     """A named template ("chatml") or a file ending in .jinja. Empty: the tokenizer folder's own."""
     train_on: Literal["assistant", "all"] = "assistant"
     """Which tokens of a chat or instruction are trained: the answers with their end-of-turn token, or all. Text is always trained whole."""
@@ -141,7 +150,8 @@ class Training:
     global_batch_size: Count = 8
     """Rows per optimizer step, over all processes and micro-batches."""
     local_batch_size: CountOrAuto = -1
-    """Rows of one micro-batch on one process; gradients accumulate up to global_batch_size. -1: the largest divisor of a process's share that is at most 8."""
+    """Rows of one micro-batch on one process; gradients accumulate up to global_batch_size. -1: the largest divisor of a
+    process's share that is at most 8."""
     seq_len: Count = 2048
     """Tokens per row."""
     max_norm: Positive = 1.0
@@ -186,7 +196,7 @@ class LrScheduler:
     """Steps of linear rise; the first step has lr / warmup_steps, never 0."""
     decay_type: Literal["constant", "linear", "cosine", "sqrt"] = "constant"
     """Shape of the decay. "constant": none."""
-    decay_ratio: Positive | None = None
+    decay_ratio: Annotated[float, Bounds(above=0, maximum=1)] | None = None
     """Share of the run's steps that decay takes, at its end (warmup-stable-decay). Unset: from the end of warmup on."""
     min_lr_factor: Fraction = 0.0
     """The lr that the decay ends at, as a share of optimizer.lr."""
@@ -227,8 +237,9 @@ class Checkpoint:
     load_step: Annotated[int, Bounds(minimum=0, also=(-1,))] = -1
     """Resume from this step; later ones are set aside as step-N.superseded-K. -1: the newest good one."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """"auto": go on from the newest good checkpoint, else start fresh. "never": start fresh, setting old ones aside. "must": stop if there is none."""
-    initial_load_path: str = ""
+    """"auto": go on from the newest good checkpoint, else start fresh. "never": start fresh, setting old ones aside.
+    "must": stop if there is none."""
+    initial_load_path: Path = ""
     """Weights to start from: a Hugging Face folder, or a tunelib checkpoint folder. Its config.json says what the model is."""
     model_weights_only: bool = False
     """The last checkpoint holds the model's weights alone, in export_dtype; it cannot be resumed from."""
@@ -254,7 +265,7 @@ class Validation:
     """Validate before the first step, every validation.freq steps and after the last."""
     freq: Count = 100
     """Steps between validations."""
-    path: str = ""
+    path: Path = ""
     """A held-out file, in the format of dataset.path. Give this or validation.fraction."""
     fraction: OpenFraction | None = None
     """Share of dataset.path's documents held out, chosen by a hash of each document's tokens."""

@@ -1,0 +1,241 @@
+"""Train or fine-tune a language model from one TOML file: the whole story, top to bottom.
+
+    python train.py train_configs/debug_model.toml
+    NGPU=2 ./run_train.sh --training.steps 50
+    CONFIG=smollm2_135m_full ./run_train.sh --checkpoint.export_dtype float32
+
+Paragraphs: wake · arrange the machines · words · know the model · data · memory of the run · model on paper · spread it ·
+give weights · optimizer · resume · watch · the loop · close; then `train_step` and `evaluate`. Everything that a person can
+have got wrong is found before the first weight is allocated. Nothing imports this file.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tunelib.checkpoint.manager import CheckpointManager, check_identity
+from tunelib.checkpoint.state import RunState, model_tensors, optimizer_tensors, restore_rng, rng_tensors, tensors_to_load
+from tunelib.config import load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
+from tunelib.data.chat import ChatTemplate
+from tunelib.data.index import build_index, split_held_out
+from tunelib.data.loader import HeldOutData, Share, Step, TrainData
+from tunelib.data.tokenizer import Tokenizer
+from tunelib.files import replace_file
+from tunelib.formats.hf import export_hf
+from tunelib.formats.load import check_weights, find_weights, give_weights, plan_export_of
+from tunelib.infer.generate import answer_prompts
+from tunelib.model.decoder import Decoder, build_on_meta
+from tunelib.observe.console import Console
+from tunelib.observe.memory import peak_memory_gib
+from tunelib.observe.metrics import METRICS_FILE, SAMPLES_FILE, RowWriter
+from tunelib.observe.report import Summary, opening_lines
+from tunelib.optimizer import build_optimizer, set_lr
+from tunelib.parallel.apply import spread_model
+from tunelib.parallel.fsdp import set_gradient_sync
+from tunelib.parallel.mesh import build_layout
+from tunelib.parallel.reduce import agreed, clip_gradients, sum_over_ranks
+from tunelib.parallel.runtime import DTYPES, Runtime, hold_folder, run_main, shorten_timeout, start
+from tunelib.schedule import lr_factor
+
+
+def main(argv: list[str]) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    loaded = load_or_exit(argv, world_size=world_size, speak=os.environ.get("RANK", "0") == "0")
+    config, folder = loaded.config, resolve_dump_folder(loaded.config)
+
+    # Wake: device, process group, seeds. One writer holds the run folder.
+    with start(config.training, config.comm) as runtime, hold_folder(folder, runtime):
+        console = Console(active=runtime.is_main)
+        started = time.monotonic()
+
+        # Arrange the machines.
+        layout = build_layout(config.parallelism, runtime)
+        share = Share(layout.data_rank, layout.num_data_ranks, resolve_local_batch_size(config.training, layout.num_data_ranks))
+
+        with agreed():
+            # Words. Without a tokenizer of its own a model is given the one beside its weights.
+            tokenizer_path = config.model.tokenizer_path or config.checkpoint.initial_load_path
+            tokenizer = Tokenizer(Path(tokenizer_path)) if tokenizer_path else None
+
+            # Know the model: from the folder it is loaded from, or from [model].
+            vocab_size = tokenizer.vocab_size if tokenizer else 0
+            weights = find_weights(config.model, config.checkpoint.initial_load_path, vocab_size, config.training.seq_len)
+            model = build_on_meta(weights.config, runtime.param_dtype)
+            check_weights(model, weights)
+            special_ids = tokenizer.special_ids if tokenizer else {}
+            export = plan_export_of(model, weights, tokenizer.folder if tokenizer else None, special_ids, DTYPES.get(config.checkpoint.export_dtype))
+
+            # Data: every document's tokens, and the order, but no batch yet.
+            train_data = held_out = template = index = None
+            if not config.checkpoint.create_seed_checkpoint:
+                assert tokenizer is not None, "checked in config/check.py"
+                seq_len, packing, section = config.training.seq_len, config.dataset.packing, config.validation
+                index = build_index(Path(config.dataset.path), config.dataset, seq_len, tokenizer, weights.config.vocab_size)
+                template = ChatTemplate(tokenizer, config.dataset.chat_template) if index.format != "text" else None
+                held_out_index = None
+                if section.path:
+                    held_out_index = build_index(Path(section.path), config.dataset, seq_len, tokenizer, weights.config.vocab_size)
+                elif section.fraction is not None:
+                    index, held_out_index = split_held_out(index, section.fraction)
+                train_data = TrainData(index, seq_len, packing, config.training.seed, config.training.global_batch_size, share)
+                held_out = HeldOutData(held_out_index, seq_len, packing, share) if held_out_index is not None else None
+
+        # Memory of the run: what to go on from.
+        manager = CheckpointManager(
+            config.checkpoint, folder / config.checkpoint.folder, runtime.is_main, resolved_toml(loaded), json.dumps(export.config, indent=2) + "\n"
+        )
+        decision = manager.decide()
+        console.say(decision.sentence)
+        identity = {
+            "model": {name: value for name, value in export.config.items() if name not in ("dtype", "torch_dtype")},
+            "checkpoint.initial_load_path": str(Path(config.checkpoint.initial_load_path).resolve()) if config.checkpoint.initial_load_path else "",
+            "optimizer.name": config.optimizer.name,
+            **(train_data.fingerprint if train_data else {}),
+            "validation.fraction": config.validation.fraction,
+        }
+        if decision.state is not None:
+            check_identity(decision.state.identity, identity)
+
+        # Spread the model, which has been on paper so far: FSDP2, then empty storage where each shard belongs.
+        spread_model(model, config.parallelism, layout, runtime)
+
+        # Give weights, unless a checkpoint will: drawn, or any format straight into the shards.
+        if decision.kind == "seed":
+            manager.load(model_tensors(model), decision)
+        elif decision.kind == "fresh":
+            give_weights(model, weights, config.training.seed)
+        if config.checkpoint.create_seed_checkpoint:
+            saved = manager.save(model_tensors(model), RunState(0, 0, runtime.world_size, identity), kind="seed")
+            console.say(f"seed checkpoint written to {saved}; start from it with the same command without create_seed_checkpoint, on any layout")
+            return
+        assert train_data is not None  # it is left out for a seed only
+        assert index is not None
+        assert tokenizer is not None
+
+        # Optimizer and schedule.
+        optimizer = build_optimizer(model, config.optimizer)
+        num_steps = config.training.steps or train_data.steps_in_epochs(config.training.epochs or 1)
+
+        # Resume: weights, optimizer, random state; the data's place follows from the step.
+        step, tokens_seen = 0, 0
+        if decision.state is not None:
+            step, tokens_seen = decision.state.step, decision.state.tokens_seen
+            same_layout = decision.state.world_size == runtime.world_size
+            tensors = tensors_to_load(model, optimizer, runtime.rank, runtime.device, same_layout)
+            manager.load(tensors, decision)
+            if same_layout:
+                restore_rng(tensors, runtime.rank, runtime.device)
+            if step >= num_steps:
+                console.say(f"this run is finished at step {step}; extend it with a larger --training.steps (now {num_steps})")
+
+        # Watch: the opening lines, metrics, samples and the first validation.
+        if runtime.is_main:
+            replace_file(folder / "config.toml", resolved_toml(loaded))
+        resumed_step = step if decision.state is not None else None
+        metrics = RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main)
+        samples = RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main)
+        for line in opening_lines(config, runtime, layout, model, index, num_steps, weights.sentence):
+            console.say(line)
+        summary = Summary()
+
+        def validate() -> None:
+            if held_out is not None:
+                loss = evaluate(model, held_out, runtime)
+                metrics.write({"step": step, "validation_loss": loss, "tokens": tokens_seen})
+                summary.add_validation(loss)
+                console.say(f"step {step}: validation loss {loss:.4f} on {held_out.num_trained:,} held-out tokens")
+
+        def show_samples() -> None:
+            prompts = config.validation.prompts
+            answers = answer_prompts(model, prompts, tokenizer, template, config.validation.max_new_tokens, runtime.device)
+            for prompt, answer in zip(prompts, answers, strict=True):
+                samples.write({"step": step, "prompt": prompt, "answer": answer})
+                console.say(f"step {step}: {prompt!r} → {answer!r}")
+
+        def state() -> RunState:
+            return RunState(step, tokens_seen, runtime.world_size, identity)
+
+        if step == 0:
+            validate()
+            show_samples()
+
+        # The loop.
+        console.start_steps(num_steps, step)
+        first_step, last_validated = step + 1, step
+        while step < num_steps:
+            begun = time.monotonic()
+            work = train_data.step(step + 1)
+            lr = config.optimizer.lr * lr_factor(config.lr_scheduler, step + 1, num_steps)
+            loss, grad_norm = train_step(model, optimizer, work, lr, config.training.max_norm, runtime)
+            finished_epochs = train_data.epochs_after(step), train_data.epochs_after(step + 1)
+            step, tokens_seen = step + 1, tokens_seen + work.num_tokens
+            summary.add_step(work.num_tokens, time.monotonic() - begun, loss)
+            if step % config.metrics.log_freq == 0 or step == num_steps:
+                row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "epoch": work.epoch, "tokens": tokens_seen}
+                row |= summary.speed() | {"memory_gib": peak_memory_gib(runtime.device)}
+                metrics.write(row)
+                console.step(row)
+            if step == first_step:
+                shorten_timeout(config.comm)
+            if config.validation.enable and step % config.validation.freq == 0:
+                validate()
+                last_validated = step
+            if step < num_steps and manager.is_due(step, finished_epochs):
+                manager.save(model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device), state())
+        console.end_steps()
+
+        # Close: the last validation and samples, the last checkpoint, the export, one summary.
+        if step >= first_step:
+            if last_validated != step:
+                validate()
+            show_samples()
+        checkpoint = None
+        if config.checkpoint.enable_checkpoint and config.checkpoint.model_weights_only:
+            dtype = DTYPES.get(config.checkpoint.export_dtype)
+            checkpoint = manager.save({name: tensor.to(dtype) for name, tensor in model_tensors(model).items()}, state(), kind="model")
+        elif config.checkpoint.enable_checkpoint:
+            checkpoint = manager.save(model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device), state())
+        export_hf(export, model_tensors(model), folder / "export", runtime.is_main)
+        metrics.close()
+        samples.close()
+        for line in summary.lines(step, tokens_seen, time.monotonic() - started, peak_memory_gib(runtime.device), folder, checkpoint):
+            console.say(line)
+
+
+def train_step(model: Decoder, optimizer: torch.optim.Optimizer, work: Step, lr: float, max_norm: float, runtime: Runtime) -> tuple[float, float]:
+    """One optimizer step over all micro-batches of this rank.
+
+    Returns:
+        The loss in nats per trained token of the whole global batch, and the gradient norm before clipping.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for number, batch in enumerate(work.batches, start=1):
+        set_gradient_sync(model, number == len(work.batches))
+        batch = batch.to(runtime.device)
+        summed = model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
+        # The step's trained tokens are known beforehand, over all ranks and micro-batches: sums of gradients need no more scaling.
+        (summed / work.num_trained).backward()
+        total += summed.detach()
+    grad_norm = clip_gradients(model.parameters(), max_norm)
+    set_lr(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad()
+    return sum_over_ranks(total).item() / work.num_trained, grad_norm.item()
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, data: HeldOutData, runtime: Runtime) -> float:
+    """The loss in nats per trained token over all held-out documents; every rank must call it."""
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for batch in data.batches():
+        batch = batch.to(runtime.device)
+        total += model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
+    return sum_over_ranks(total).item() / data.num_trained
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -1,0 +1,235 @@
+"""The memory of a run: which checkpoint to go on from, saving, retention.
+
+A step folder is ``step-N``, committed by `tunelib.files`; its manifest says of which kind it is: "full" (can be resumed), "model"
+(weights alone) or "seed" (initial weights). Methods marked *collective* must be reached by every rank.
+"""
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from tunelib import files
+from tunelib.checkpoint.dcp_reader import load_tensors, on_this_process_alone, root_cause
+from tunelib.checkpoint.state import STATE_FILE, RunState, read_run_state
+from tunelib.config.schema import Checkpoint
+from tunelib.errors import CheckpointError, SaveError
+from tunelib.parallel.reduce import agree, agreed, deal, from_main, gather_objects
+
+STEP_NAME = re.compile(r"step-(\d+)")
+CONFIG_FILE = "config.toml"
+MODEL_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a run begins. ``folder`` is the checkpoint to load: all of it ("resume"), or its weights ("seed").
+
+    Attributes:
+        kind: "fresh", "seed" or "resume".
+        sentence: what was decided and why, for the first line of the run.
+        state: of the checkpoint to resume.
+    """
+
+    kind: str
+    sentence: str
+    folder: Path | None = None
+    state: RunState | None = None
+
+
+class CheckpointManager:
+    """Reads and writes the step folders of one run.
+
+    Args:
+        section: the [checkpoint] section.
+        folder: where the step folders lie.
+        is_main: whether this rank writes what is written once.
+        config_toml: the resolved TOML, kept in every checkpoint.
+        model_json: the model's config.json, kept in every checkpoint so that its weights can be loaded by themselves.
+    """
+
+    def __init__(self, section: Checkpoint, folder: Path, is_main: bool, config_toml: str, model_json: str):
+        self.section, self.folder, self.is_main = section, folder, is_main
+        self.config_toml, self.model_json = config_toml, model_json
+        self._saved_step = -1
+        self._last_save_time = time.monotonic()
+
+    # How the run begins
+
+    def decide(self) -> Decision:
+        """Choose what to go on from, setting damaged and superseded step folders aside. Collective."""
+        if not self.section.enable_checkpoint:
+            return Decision("fresh", "starting fresh: checkpoint.enable_checkpoint is false")
+        if self.is_main and self.folder.is_dir():
+            files.remove_debris(self.folder)
+        steps = from_main(self._list_steps())
+        if self.section.create_seed_checkpoint:
+            if steps:
+                raise CheckpointError(f"{self.folder} already holds step {steps[-1]}: a seed checkpoint is the first thing in a run folder")
+            return Decision("fresh", "making a seed checkpoint")
+        if self.section.resume == "never":
+            self._supersede(steps)
+            return Decision("fresh", f"starting fresh: checkpoint.resume is 'never'{f'; {len(steps)} old checkpoints set aside' if steps else ''}")
+        decision = self._decide_step(steps)
+        if self.section.resume == "must" and decision.kind != "resume":
+            raise CheckpointError(f"checkpoint.resume is 'must', but {self.folder} holds no full checkpoint")
+        return decision
+
+    def _decide_step(self, steps: list[int]) -> Decision:
+        wanted = self.section.load_step
+        if wanted >= 0 and not from_main(self._is_restart(steps)):
+            if wanted not in steps:
+                raise CheckpointError(f"checkpoint.load_step = {wanted}: {self.folder} holds {_name_steps(steps)}")
+            manifest, problems = self._verify(wanted)
+            if problems or manifest["kind"] == "model":
+                raise CheckpointError(problems[0] if problems else f"{self._path(wanted)} holds model weights only: it cannot be resumed from")
+            self._supersede([step for step in steps if step > wanted])
+            return self._decision(wanted, manifest["kind"], "checkpoint.load_step asks for it")
+        passed_over = ""
+        for step in reversed(steps):
+            manifest, problems = self._verify(step)
+            if problems:
+                new_name = from_main(files.set_aside(self._path(step), "damaged").name if self.is_main else "")
+                passed_over += f"; step {step} is damaged ({'; '.join(problems)}) and is now {new_name}"
+            elif manifest["kind"] != "model":
+                return self._decision(step, manifest["kind"], "the newest good checkpoint" + passed_over)
+            else:
+                passed_over += f"; step {step} holds model weights only"
+        return Decision("fresh", f"starting fresh: no checkpoint to resume in {self.folder}{passed_over}")
+
+    def _decision(self, step: int, kind: str, why: str) -> Decision:
+        if kind == "seed":
+            return Decision("seed", f"starting from the seed checkpoint {self._path(step)}: {why}", self._path(step))
+        return Decision("resume", f"resuming after step {step}: {why}", self._path(step), read_run_state(self._path(step)))
+
+    def _is_restart(self, steps: list[int]) -> bool:
+        """Whether the newest checkpoint was made by this very configuration: then load_step has been followed already."""
+        if not steps or steps[-1] <= self.section.load_step:
+            return False
+        try:
+            return (self._path(steps[-1]) / CONFIG_FILE).read_text(encoding="utf-8") == self.config_toml
+        except OSError:
+            return False
+
+    def _verify(self, step: int) -> tuple[dict[str, Any], list[str]]:
+        """The manifest of a step folder, and what is wrong with it; the files are dealt out over the ranks. Collective."""
+        try:
+            manifest, problem = files.read_manifest(self._path(step)), None
+        except CheckpointError as error:
+            manifest, problem = {}, str(error)
+        manifest, problem = from_main((manifest, problem))
+        if problem is not None:
+            return manifest, [problem]
+        damage = files.find_damage(self._path(step), manifest["files"], deal(sorted(manifest["files"])))
+        return manifest, sorted({problem for problems in gather_objects(damage) for problem in problems})
+
+    def _supersede(self, steps: list[int]) -> None:
+        if self.is_main:
+            for step in steps:
+                files.set_aside(self._path(step), "superseded")
+
+    # Loading
+
+    def load(self, tensors: dict[str, Tensor], decision: Decision) -> None:
+        """Fill tensors from a verified step folder. Collective."""
+        assert decision.folder is not None
+        load_tensors(tensors, decision.folder)
+        if decision.state is not None:
+            self._saved_step = decision.state.step
+
+    # Saving
+
+    def is_due(self, step: int, finished_epochs: tuple[int, int]) -> bool:
+        """Whether ``interval`` asks for a save after a step. Collective where it counts seconds.
+
+        Args:
+            finished_epochs: whole epochs before and after the step.
+        """
+        if not self.section.enable_checkpoint:
+            return False
+        if self.section.interval_type == "seconds":
+            return from_main(time.monotonic() - self._last_save_time >= self.section.interval)
+        if self.section.interval_type == "epochs":
+            return finished_epochs[0] // self.section.interval < finished_epochs[1] // self.section.interval
+        return step % self.section.interval == 0
+
+    def save(self, tensors: dict[str, Tensor], state: RunState, kind: str = "full") -> Path | None:
+        """Write ``step-N``, commit it, and remove what retention no longer keeps; None where this step is saved already. Collective.
+
+        Raises:
+            SaveError: on every rank, where any of them could not write; the folder has no new step then.
+        """
+        if state.step == self._saved_step:
+            return None
+        final = self._path(state.step)
+        staging = final.with_name(f".{final.name}.staging")
+        failed = f"{final} cannot be written"
+        with agreed(failed):
+            if self.is_main:
+                files.make_staging(final)
+        save_tensors(tensors, staging)
+        with agreed(failed):
+            if self.is_main:
+                files.write_file(staging / STATE_FILE, state.to_json())
+                files.write_file(staging / CONFIG_FILE, self.config_toml)
+                files.write_file(staging / MODEL_FILE, self.model_json)
+        names = from_main(files.list_files(staging) if self.is_main else [])
+        described = gather_objects(files.describe_files(staging, deal(names)))
+        with agreed(failed):
+            if self.is_main:
+                together = {name: entry for part in described for name, entry in part.items()}
+                files.commit_folder(staging, final, together, kind=kind, step=state.step)
+                self._retain()
+        self._saved_step = state.step
+        self._last_save_time = time.monotonic()
+        return final
+
+    def _retain(self) -> None:
+        keep = self.section.keep_latest_k
+        full = [step for step in self._list_steps() if files.read_manifest(self._path(step)).get("kind") == "full"]
+        for step in full[:-keep] if keep else []:
+            files.remove_folder(self._path(step))
+
+    def _list_steps(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(match[1]) for path in self.folder.iterdir() if path.is_dir() and (match := STEP_NAME.fullmatch(path.name)))
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+
+def check_identity(saved: dict[str, Any], today: dict[str, Any]) -> None:
+    """Stop a run that would go on with another model, other data or another order.
+
+    Raises:
+        CheckpointError: naming each thing that changed.
+    """
+    names = sorted({*saved, *today})
+    changed = [f"  {name}: {saved.get(name)!r} then, {today.get(name)!r} now" for name in names if saved.get(name) != today.get(name)]
+    if changed:
+        raise CheckpointError(
+            "the checkpoint belongs to another run; since then there changed:\n" + "\n".join(changed) + "\n"
+            "Set them back, or give --job.dump_folder a new folder (and the checkpoint's weights to --checkpoint.initial_load_path), "
+            "or start over with --checkpoint.resume never."
+        )
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write tensors as a DCP folder. Collective; raises SaveError on every rank."""
+    error = None
+    try:
+        with on_this_process_alone() as alone:
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=alone)
+    except (Exception, CheckpointException) as problem:
+        error = SaveError(f"{folder} cannot be written: {root_cause(problem)}")
+    agree(error)
+
+
+def _name_steps(steps: list[int]) -> str:
+    return f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"

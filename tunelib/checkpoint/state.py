@@ -1,0 +1,80 @@
+"""The state of a run as a flat dict of tensors, and the small facts beside it.
+
+Model tensors lie flat at the top under their Hugging Face names. ``optimizer.<parameter>.<what>`` holds the optimizer's,
+``rng.<rank>.<device>`` each rank's random state. Nothing but tensors goes into DCP; the rest is `RunState`, plain JSON.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunelib.errors import CheckpointError
+from tunelib.optimizer import prepare_state
+
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands. ``step`` is also the data position: the next step's rows follow from it.
+
+    Attributes:
+        tokens_seen: positions trained on, padding not counted.
+        world_size: processes that wrote it.
+        identity: what must be the same for a run to go on: name → digest or value.
+    """
+
+    step: int
+    tokens_seen: int
+    world_size: int
+    identity: dict[str, Any]
+
+    def to_json(self) -> str:
+        """For state.json."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def read_run_state(folder: Path) -> RunState:
+    """The facts of a full checkpoint; raises CheckpointError."""
+    try:
+        fields = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return RunState(**fields)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE_FILE} cannot be read: {error}") from None
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, a tied one once; their storage, not copies."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors by parameter name; their storage, not copies."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"optimizer.{names[parameter]}.{key}": value for parameter, state in optimizer.state.items() for key, value in state.items()}
+
+
+def rng_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:
+    """This rank's random state."""
+    tensors = {f"rng.{rank}.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def restore_rng(tensors: dict[str, Tensor], rank: int, device: torch.device) -> None:
+    """Set this rank's random state from what `rng_tensors` gave."""
+    torch.set_rng_state(tensors[f"rng.{rank}.cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[f"rng.{rank}.cuda"], device)
+
+
+def tensors_to_load(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, device: torch.device, same_layout: bool) -> dict[str, Tensor]:
+    """Everything of a full checkpoint, as storage to load into; random state only where the ranks are the same."""
+    prepare_state(optimizer)
+    tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
+    return tensors | rng_tensors(rank, device) if same_layout else tensors

@@ -1,0 +1,206 @@
+"""Relations between settings, the world size and a local config.json: each ``find_`` function yields what is wrong.
+
+A relation is asked only where every key it reads is known: a mistyped value is named once, not once more for what follows from it.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunelib.config.fields import FIELDS, find_nearest, show_value
+from tunelib.config.renamed import UNBUILT_DEGREES
+from tunelib.config.resolve import resolve_data_ranks
+from tunelib.config.schema import Config
+from tunelib.config.settings import Setting
+from tunelib.config.sizes import ARCHITECTURES, SIZES
+
+NEEDED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LARGEST_JSON_BYTES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a relation looks at."""
+
+    config: Config
+    settings: dict[str, Setting]
+    file: str
+    world_size: int
+
+    def at(self, key: str) -> str:
+        """The place of a key's value and the value, as a message begins."""
+        return str(self.settings[key]) if key in self.settings else f"{self.file}: {key} = {show_value(self.value(key))} (default)"
+
+    def first_at(self, *keys: str) -> str:
+        """The place of the first of the keys that was written; else of the first."""
+        return self.at(next((key for key in keys if key in self.settings), keys[0]))
+
+    def value(self, key: str) -> object:
+        return self.settings[key].value if key in self.settings else FIELDS[key].default
+
+
+def find_conflicts(checked: Checked, broken: set[str]) -> list[str]:
+    """Every broken relation, as messages."""
+    messages = []
+    for reads, find in RELATIONS:
+        if not any(key == read or (read.endswith(".") and key.startswith(read)) for key in broken for read in reads):
+            messages += find(checked)
+    return messages
+
+
+def find_length_fault(checked: Checked) -> Iterator[str]:
+    training = checked.config.training
+    if training.steps is None and training.epochs is None and not checked.config.checkpoint.create_seed_checkpoint:
+        yield f"{checked.file}: the length of the run is not given; write 'steps = 1000' or 'epochs = 1' under [training]"
+
+
+def find_data_fault(checked: Checked) -> Iterator[str]:
+    if not checked.config.dataset.path and not checked.config.checkpoint.create_seed_checkpoint:
+        yield f"{checked.file}: there is nothing to train on; write 'path = \"data.jsonl\"' under [dataset]"
+
+
+def find_validation_fault(checked: Checked) -> Iterator[str]:
+    validation = checked.config.validation
+    if validation.enable and not validation.path and validation.fraction is None:
+        yield f"{checked.at('validation.enable')}: needs held-out documents; give validation.path (a file) or validation.fraction (such as 0.05)"
+
+
+def find_folder_fault(checked: Checked) -> Iterator[str]:
+    if not checked.config.checkpoint.folder.strip("./"):
+        yield f'{checked.at("checkpoint.folder")}: the step folders need a folder of their own inside job.dump_folder, such as "checkpoint"'
+
+
+def find_degree_fault(checked: Checked) -> Iterator[str]:
+    """Degrees that are not built, or that do not multiply to the world size."""
+    parallelism, world_size = checked.config.parallelism, checked.world_size
+    unbuilt = [key for key in UNBUILT_DEGREES if checked.value(key) != 1]
+    for key in unbuilt:
+        yield f"{checked.at(key)}: {UNBUILT_DEGREES[key]} is not built yet; set it to 1 or remove it"
+    degree = parallelism.data_parallel_shard_degree
+    if not unbuilt and degree not in (-1, world_size):
+        processes = "1 process" if world_size == 1 else f"{world_size} processes"
+        key = "parallelism.data_parallel_shard_degree"
+        yield f"{checked.at(key)}: the degrees multiply to {degree}, but the run has {processes}; set it to -1, or start with NGPU={degree}"
+
+
+def find_batch_fault(checked: Checked) -> Iterator[str]:
+    """Whether the global batch divides; asked for the data ranks that the degrees give."""
+    training = checked.config.training
+    if checked.config.parallelism.data_parallel_shard_degree not in (-1, checked.world_size):
+        return
+    ranks = resolve_data_ranks(checked.config.parallelism, checked.world_size)
+    unit = ranks if training.local_batch_size == -1 else ranks * training.local_batch_size
+    if training.global_batch_size % unit == 0:
+        return
+    below = training.global_batch_size // unit * unit
+    works = f"{below} or {below + unit}" if below else str(unit)
+    divisor = f"{ranks} processes" if training.local_batch_size == -1 else f"local_batch_size {training.local_batch_size} × {ranks} data ranks"
+    place = checked.first_at("training.global_batch_size", "training.local_batch_size")
+    batch = "" if "training.global_batch_size" in place else f"global_batch_size {training.global_batch_size} "
+    yield f"{place}: {batch}does not divide by {divisor}; the nearest that works is training.global_batch_size = {works}" + (
+        f", or training.local_batch_size = {largest_divisor(training.global_batch_size // ranks, training.local_batch_size)}"
+        if training.local_batch_size != -1 and training.global_batch_size % ranks == 0
+        else ""
+    )
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    return next(size for size in range(min(limit, number), 0, -1) if number % size == 0)
+
+
+def find_model_fault(checked: Checked) -> Iterator[str]:
+    """Whether the architecture is known: from weights, a named size, or the fields that have no default."""
+    model = checked.config.model
+    if model.flavor and model.flavor not in SIZES:
+        near = find_nearest(model.flavor, SIZES)
+        hint = f"did you mean {show_value(near)}?" if near else f"the named sizes are {', '.join(SIZES)}"
+        yield f"{checked.at('model.flavor')}: no such size; {hint}"
+    if model.flavor or checked.config.checkpoint.initial_load_path:
+        return
+    missing = [name for name in NEEDED_SIZES if getattr(model, name) is None]
+    if len(missing) == len(NEEDED_SIZES):
+        yield f"{checked.file}: the model is not given; name a folder of weights as checkpoint.initial_load_path, or a size as model.flavor"
+    elif missing:
+        yield f"{checked.file}: [model] lacks {', '.join(missing)}; give them, or a named size as model.flavor"
+
+
+def find_shape_fault(checked: Checked) -> Iterator[str]:
+    """Widths that do not divide into heads, with a named size's fields where the user gave none."""
+
+    def size(name: str) -> int | None:
+        given = getattr(checked.config.model, name)
+        return given if given is not None else SIZES.get(checked.config.model.flavor, {}).get(name)  # type: ignore[return-value]  # counts are int
+
+    hidden, heads, kv_heads, head_dim = size("hidden_size"), size("num_attention_heads"), size("num_key_value_heads"), checked.config.model.head_dim
+    if hidden and heads and head_dim is None and hidden % heads:
+        place = checked.first_at("model.num_attention_heads", "model.hidden_size")
+        yield f"{place}: hidden_size {hidden} does not divide by {heads} heads; change one of them, or give model.head_dim"
+    width = head_dim or (hidden // heads if hidden and heads and hidden % heads == 0 else None)
+    if width and width % 2:
+        place = checked.first_at("model.head_dim", "model.num_attention_heads", "model.hidden_size")
+        yield f"{place}: a head has {width} dimensions, and rotary positions need an even number; change model.head_dim or the number of heads"
+    if heads and kv_heads and heads % kv_heads:
+        place = checked.first_at("model.num_key_value_heads", "model.num_attention_heads")
+        yield f"{place}: {heads} query heads do not divide by {kv_heads} key and value heads; num_key_value_heads must divide num_attention_heads"
+
+
+def find_tokenizer_fault(checked: Checked) -> Iterator[str]:
+    config = checked.config
+    if config.model.tokenizer_path or config.checkpoint.initial_load_path:
+        return
+    if config.checkpoint.create_seed_checkpoint and (config.model.vocab_size or config.model.flavor):
+        return
+    yield f"{checked.file}: there is no tokenizer; name its folder as model.tokenizer_path (only checkpoint.initial_load_path brings its own)"
+
+
+def find_context_fault(checked: Checked) -> Iterator[str]:
+    """Whether seq_len exceeds the context of a model that the config describes itself."""
+    model = checked.config.model
+    longest = model.max_position_embeddings or SIZES.get(model.flavor, {}).get("max_position_embeddings")
+    if longest and not checked.config.checkpoint.initial_load_path:
+        yield from find_long_rows(checked, longest, "model.max_position_embeddings" if model.max_position_embeddings else model.flavor)
+
+
+def find_weights_fault(checked: Checked) -> Iterator[str]:
+    """What a config.json beside the weights shows, where there is one; whether the weights exist is asked by the run."""
+    path = Path(checked.config.checkpoint.initial_load_path) / "config.json"
+    if not checked.config.checkpoint.initial_load_path or not path.is_file():
+        return
+    place = checked.at("checkpoint.initial_load_path")
+    try:
+        found = json.loads(path.read_bytes()[:LARGEST_JSON_BYTES])
+    except (OSError, ValueError, RecursionError) as error:
+        yield f"{place}: {path} cannot be read as JSON: {error}; copy the folder again"
+        return
+    if not isinstance(found, dict):
+        yield f"{place}: {path} holds no JSON object; copy the folder again"
+        return
+    names = found.get("architectures")
+    if not isinstance(names, list) or not any(name in ARCHITECTURES for name in names):
+        shown = show_value(names) if names else "nothing"
+        yield f"{place}: {path} names {shown} under 'architectures'; tunelib trains {', '.join(ARCHITECTURES)}"
+    longest = found.get("max_position_embeddings")
+    if isinstance(longest, int) and not isinstance(longest, bool):
+        yield from find_long_rows(checked, longest, str(path))
+
+
+def find_long_rows(checked: Checked, longest: object, source: str) -> Iterator[str]:
+    if checked.config.training.seq_len > longest:  # type: ignore[operator]  # both are int
+        yield f"{checked.at('training.seq_len')}: the model takes at most {longest} tokens ({source}); set training.seq_len = {longest} or less"
+
+
+RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...] = (
+    (("training.steps", "training.epochs", "checkpoint.create_seed_checkpoint"), find_length_fault),
+    (("dataset.path", "checkpoint.create_seed_checkpoint"), find_data_fault),
+    (("validation.enable", "validation.path", "validation.fraction"), find_validation_fault),
+    (("checkpoint.folder",), find_folder_fault),
+    (("parallelism.",), find_degree_fault),
+    (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),
+    (("model.", "checkpoint.initial_load_path"), find_model_fault),
+    (("model.",), find_shape_fault),
+    (("model.", "checkpoint.initial_load_path", "checkpoint.create_seed_checkpoint"), find_tokenizer_fault),
+    (("model.", "checkpoint.initial_load_path", "training.seq_len"), find_context_fault),
+    (("checkpoint.initial_load_path", "training.seq_len"), find_weights_fault),
+)
+"""The keys that a relation reads (a section ends in a dot), and the relation."""

@@ -1,0 +1,137 @@
+"""From a TOML file and a command line to one checked ``Config``, and back to the resolved TOML.
+
+The layers are default < base < file < command line. Everything that is wrong is said at once, before torch is imported.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+
+import tyro
+
+from tunelib.config.argv import read_argv, spell_for_tyro
+from tunelib.config.check import Checked, find_conflicts
+from tunelib.config.effect import has_effect, resolve_effects
+from tunelib.config.fields import FIELDS, SECTIONS, is_unset, show_value
+from tunelib.config.layers import read_files
+from tunelib.config.resolve import resolve_dump_folder
+from tunelib.config.schema import Config
+from tunelib.config.settings import COMMAND_LINE_LAYER, Origin, Setting
+from tunelib.errors import ConfigError
+
+HOW_TO_START = "command line: which config? Give the TOML file first: train_configs/debug_model.toml [--section.key value …]"
+RESOLVED_HEADER = "# Every setting of this run that has an effect; the same file starts the same run again.\n"
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A checked config and what is known about it."""
+
+    config: Config
+    origins: dict[str, Origin]
+    """Dotted key → where its value came from; for every key."""
+    settings: dict[str, Setting]
+    """Dotted key → what was written; without what was dropped."""
+    notices: list[str]
+    """What the user should hear although nothing is wrong."""
+
+
+def load_config(argv: list[str], *, world_size: int = 1) -> LoadedConfig:
+    """The config of ``FILE --section.key value …`` for so many processes.
+
+    Raises:
+        ConfigError: with every problem.
+        SystemExit: after ``--help`` was printed.
+    """
+    line = read_argv(argv)
+    files = read_files(line.file) if line.file else None
+    problems = (files.problems if files else []) + line.problems
+    settings = {setting.key: setting for setting in [*(files.settings if files else []), *line.settings]}  # a higher layer replaces a lower
+    if line.wants_help:
+        print_help(settings)
+    if files is None:
+        raise ConfigError([HOW_TO_START, *(problem.message for problem in problems)])
+    broken = {key for problem in problems for key in problem.keys}
+    effects = resolve_effects({key: setting for key, setting in settings.items() if key not in broken}, broken)
+    broken |= {key for problem in effects.problems for key in problem.keys}
+    config = build_config(effects.settings)
+    conflicts = find_conflicts(Checked(config, effects.settings, line.file, world_size), broken)
+    messages = [problem.message for problem in [*problems, *effects.problems]] + conflicts
+    if messages:
+        raise ConfigError(list(dict.fromkeys(messages)))
+    origins = {key: effects.settings[key].origin if key in effects.settings else Origin() for key in FIELDS}
+    return LoadedConfig(config, origins, effects.settings, line.notices + effects.notices)
+
+
+def load_or_exit(argv: list[str], *, world_size: int = 1, speak: bool = True) -> LoadedConfig:
+    """``load_config`` for a program: problems go to stderr, one line each, with exit code 2; notices go to stderr too.
+
+    Args:
+        speak: whether to print; with several processes, one of them should.
+    """
+    try:
+        loaded = load_config(argv, world_size=world_size)
+    except ConfigError as error:
+        if speak:
+            print("\n".join(error.problems), file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    if speak:
+        for notice in loaded.notices:
+            print(notice, file=sys.stderr)
+    return loaded
+
+
+def build_config(settings: dict[str, Setting]) -> Config:
+    """The dataclasses with the files' values, and the command line's over them through tyro."""
+    words = {key: spell_for_tyro(setting) for key, setting in settings.items() if setting.origin.layer == COMMAND_LINE_LAYER}
+    default = fill_config({key: setting.value for key, setting in settings.items() if not words.get(key)})
+    return tyro.cli(Config, args=[word for word in words.values() if word], default=default, use_underscores=True)
+
+
+def fill_config(values: dict[str, object]) -> Config:
+    """A Config with these values by dotted key, and defaults elsewhere."""
+    config = Config()
+    built: dict[str, object] = {}
+    for section in reversed(SECTIONS):  # inner sections before the outer ones that hold them
+        inner = {name.rpartition(".")[2]: value for name, value in built.items() if name.rpartition(".")[0] == section}
+        own = {field.name: values[key] for key, field in FIELDS.items() if field.section == section and key in values}
+        built[section] = SECTIONS[section](**own, **inner)
+    return replace(config, **{name: value for name, value in built.items() if "." not in name})
+
+
+def print_help(settings: dict[str, Setting]) -> None:
+    """Every key with its meaning, type and the value in force; ends the program."""
+    tyro.cli(
+        Config,
+        args=["--help"],
+        default=fill_config({key: setting.value for key, setting in settings.items()}),
+        use_underscores=True,
+        prog="FILE.toml",
+        description="Settings of tunelib. Words: FILE.toml [--section.key value …]; the file's values are the defaults shown.",
+    )
+
+
+def resolved_toml(loaded: LoadedConfig) -> str:
+    """The settings that have an effect as TOML: nothing derived, paths absolute, ``job.dump_folder`` named."""
+    values = {key: read_value(loaded.config, key) for key in FIELDS}
+    values["job.dump_folder"] = str(resolve_dump_folder(loaded.config))
+    values["job.config_file"] = None
+    text = RESOLVED_HEADER
+    for section in SECTIONS:
+        lines = []
+        for key, field in FIELDS.items():
+            if field.section == section and not is_unset(values[key]) and has_effect(key, loaded.settings):
+                value = values[key]
+                if field.path and str(value).endswith(field.path.suffix):
+                    value = os.path.abspath(str(value))
+                lines.append(f"{field.name} = {show_value(value, limit=sys.maxsize)}\n")
+        if lines:
+            text += f"\n[{section}]\n" + "".join(lines)
+    return text
+
+
+def read_value(config: Config, key: str) -> object:
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,40 @@
+"""Values that follow from the settings and the world size; what the user wrote is never changed."""
+
+import os
+from pathlib import Path
+
+from tunelib.config.schema import Config, Parallelism, Training
+
+LARGEST_AUTOMATIC_BATCH = 8
+
+
+def resolve_dump_folder(config: Config) -> Path:
+    """The run folder, absolute: ``job.dump_folder``, or ./outputs/<name of the config file>."""
+    stem = os.path.basename(config.job.config_file).removesuffix(".toml")
+    return Path(os.path.abspath(config.job.dump_folder or os.path.join("outputs", stem or "run")))
+
+
+def resolve_shard_degree(parallelism: Parallelism, world_size: int) -> int:
+    """Processes over which parameters are sharded; -1 takes all that the other degrees leave (rounded down)."""
+    if parallelism.data_parallel_shard_degree != -1:
+        return parallelism.data_parallel_shard_degree
+    others = (
+        parallelism.data_parallel_replicate_degree
+        * parallelism.tensor_parallel_degree
+        * parallelism.pipeline_parallel_degree
+        * parallelism.context_parallel_degree
+    )
+    return max(world_size // others, 1)
+
+
+def resolve_data_ranks(parallelism: Parallelism, world_size: int) -> int:
+    """Processes that each read a share of the global batch."""
+    return parallelism.data_parallel_replicate_degree * resolve_shard_degree(parallelism, world_size)
+
+
+def resolve_local_batch_size(training: Training, data_ranks: int) -> int:
+    """Rows of a micro-batch; -1 becomes the largest divisor of a process's share that is at most 8."""
+    if training.local_batch_size != -1:
+        return training.local_batch_size
+    share = training.global_batch_size // data_ranks
+    return next(size for size in range(min(share, LARGEST_AUTOMATIC_BATCH), 0, -1) if share % size == 0)

@@ -1,0 +1,170 @@
+"""Rows to batches: which rows a step trains on, and the micro-batches of one data rank.
+
+Step s takes rows (s − 1)·G … s·G − 1 of the endless sequence epoch 0, epoch 1, …, where G is the global batch. Nothing here
+depends on how many ranks there are: a rank is handed its share of a step's rows at the end. There is no state but the step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunelib.batch import IGNORED, Batch
+from tunelib.data.index import Index
+from tunelib.data.packing import EpochPlan, plan_epoch, plan_in_order
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every batch a data rank works on: rank ``rank`` of ``num_ranks``, in micro-batches of ``rows`` rows."""
+
+    rank: int
+    num_ranks: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank does in one step. ``num_trained`` counts the whole step's trained tokens, over all ranks."""
+
+    batches: list[Batch]
+    num_trained: int
+    num_tokens: int
+    epoch: float
+
+
+class TrainData:
+    """The training rows of every step.
+
+    Args:
+        index: the documents.
+        seq_len: positions per row.
+        packing: several documents per row.
+        seed: of the order.
+        global_batch_size: rows per step.
+        share: this rank's part.
+    """
+
+    def __init__(self, index: Index, seq_len: int, packing: bool, seed: int, global_batch_size: int, share: Share):
+        self.index, self.seq_len, self.packing, self.seed = index, seq_len, packing, seed
+        self.global_batch_size, self.share = global_batch_size, share
+        self._plans: dict[int, EpochPlan] = {}
+        self._epoch_ends: list[int] = []  # rows before the end of epoch 0, 1, …
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Name → value of everything that decides which rows a step has."""
+        order = {"dataset.packing": self.packing, "training.seed": self.seed, "training.global_batch_size": self.global_batch_size}
+        return {**self.index.fingerprint, **order, "documents": len(self.index)}
+
+    def steps_in_epochs(self, epochs: int) -> int:
+        """Steps that see every document at least ``epochs`` times, the last batch filled from the next epoch."""
+        while len(self._epoch_ends) < epochs:
+            self._plan_next_epoch()
+        return -(-self._epoch_ends[epochs - 1] // self.global_batch_size)
+
+    def epochs_after(self, step: int) -> int:
+        """Whole epochs finished when a step has ended."""
+        return bisect_right_ends(self._ends_up_to(step * self.global_batch_size), step * self.global_batch_size)
+
+    def rows_of(self, step: int) -> list[tuple[int, np.ndarray]]:
+        """(epoch, documents) of each row of a step, which is counted from 1; the same on every rank."""
+        rows = []
+        for number in range((step - 1) * self.global_batch_size, step * self.global_batch_size):
+            epoch = bisect_right_ends(self._ends_up_to(number + 1), number)
+            first = self._epoch_ends[epoch - 1] if epoch else 0
+            rows.append((epoch, self._plan(epoch).row(number - first)))
+        return rows
+
+    def step(self, number: int) -> Step:
+        """This rank's micro-batches of a step, which is counted from 1."""
+        rows = self.rows_of(number)
+        documents = [row for _, row in rows]
+        done = number * self.global_batch_size
+        epoch = self.epochs_after(number)
+        first = self._epoch_ends[epoch - 1] if epoch else 0
+        return Step(
+            batches=[build_batch(self.index, micro, self.seq_len, self.packing) for micro in deal_rows(documents, self.share)],
+            num_trained=int(sum(self.index.num_trained[row].sum() for row in documents)),
+            num_tokens=int(sum(self.index.lengths[row].sum() for row in documents)),
+            epoch=epoch + (done - first) / len(self._plan(epoch)),
+        )
+
+    def _ends_up_to(self, rows: int) -> list[int]:
+        while not self._epoch_ends or self._epoch_ends[-1] < rows:
+            self._plan_next_epoch()
+        return self._epoch_ends
+
+    def _plan_next_epoch(self) -> None:
+        epoch = len(self._epoch_ends)
+        self._epoch_ends.append((self._epoch_ends[-1] if epoch else 0) + len(self._plan(epoch)))
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        if epoch not in self._plans:
+            for old in sorted(self._plans)[:-1]:  # two are enough: a batch may lie across a border
+                del self._plans[old]
+            self._plans[epoch] = plan_epoch(self.index.lengths, self.seq_len, self.packing, self.seed, epoch)
+        return self._plans[epoch]
+
+
+class HeldOutData:
+    """The validation rows, in the order of the file, filled up with empty rows so that every rank has as many."""
+
+    def __init__(self, index: Index, seq_len: int, packing: bool, share: Share):
+        self.index, self.seq_len, self.packing, self.share = index, seq_len, packing, share
+
+    @cached_property
+    def num_trained(self) -> int:
+        """Trained tokens over all ranks."""
+        return int(self.index.num_trained.sum())
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches."""
+        plan = plan_in_order(self.index.lengths, self.seq_len, self.packing)
+        rows = [plan.row(number) for number in range(len(plan))]
+        together = self.share.rows * self.share.num_ranks
+        rows += [np.empty(0, dtype=np.int64)] * (-len(rows) % together)
+        for first in range(0, len(rows), together):
+            for micro in deal_rows(rows[first : first + together], self.share):
+                yield build_batch(self.index, micro, self.seq_len, self.packing)
+
+
+def bisect_right_ends(ends: list[int], number: int) -> int:
+    """How many of the ascending ``ends`` are at most ``number``."""
+    return int(np.searchsorted(ends, number, side="right"))
+
+
+def deal_rows(rows: list[np.ndarray], share: Share) -> list[list[np.ndarray]]:
+    """A rank's micro-batches out of all rows of a batch: consecutive rows stay together."""
+    per_rank = len(rows) // share.num_ranks
+    own = rows[share.rank * per_rank : (share.rank + 1) * per_rank]
+    return [own[first : first + share.rows] for first in range(0, len(own), share.rows)]
+
+
+def build_batch(index: Index, rows: list[np.ndarray], seq_len: int, packing: bool) -> Batch:
+    """Rows of documents as tensors; without packing no wider than the longest row. Labels are shifted here, once."""
+    width = seq_len if packing else max(1, *(int(index.lengths[row].sum()) for row in rows))
+    tokens = np.zeros((len(rows), width), dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    positions = np.zeros((len(rows), width), dtype=np.int64)
+    document_lengths: list[int] = []
+    for number, row in enumerate(rows):
+        place = 0
+        for document in row.tolist():
+            start, length = int(index.starts[document]), int(index.lengths[document])
+            here = slice(place, place + length)
+            tokens[number, here] = index.tokens[start : start + length]
+            targets = slice(start + 1, start + 1 + length)
+            labels[number, here] = np.where(index.trained[targets], index.tokens[targets], IGNORED)
+            positions[number, here] = np.arange(length)
+            document_lengths.append(length)
+            place += length
+        if place < width:
+            positions[number, place:] = np.arange(width - place)
+            document_lengths.append(width - place)
+    to_tensor = torch.from_numpy
+    num_trained = int((labels != IGNORED).sum())
+    return Batch(to_tensor(tokens), to_tensor(labels), to_tensor(positions), tuple(document_lengths), num_trained)

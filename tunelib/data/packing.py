@@ -1,0 +1,71 @@
+"""Documents to rows: one epoch's order, a pure function of (seed, epoch, lengths) (law 2).
+
+    permutation(seed, epoch) → windows of WINDOW documents → best-fit packing in each → all rows shuffled
+
+Best fit puts the longest documents first, each into the fullest row that still has room. A window bounds how far a document
+moves from its place in the permutation, and the work per document.
+"""
+
+import bisect
+from dataclasses import dataclass
+
+import numpy as np
+
+WINDOW = 4096
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The rows of one epoch: row r holds ``documents[bounds[r]:bounds[r + 1]]``, in that order."""
+
+    documents: np.ndarray
+    bounds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def row(self, number: int) -> np.ndarray:
+        """The documents of a row."""
+        return self.documents[self.bounds[number] : self.bounds[number + 1]]
+
+
+def plan_epoch(lengths: np.ndarray, seq_len: int, packing: bool, seed: int, epoch: int) -> EpochPlan:
+    """The rows of an epoch, every document in exactly one of them.
+
+    Args:
+        lengths: positions of each document, none above ``seq_len``.
+        packing: False gives each document a row of its own.
+    """
+    # RandomState and not Generator: numpy promises that its streams never change.
+    random = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, epoch])
+    order = random.permutation(len(lengths))
+    if not packing:
+        return EpochPlan(order, np.arange(len(order) + 1))
+    rows = [row for first in range(0, len(order), WINDOW) for row in pack_best_fit(order[first : first + WINDOW], lengths, seq_len)]
+    rows = [rows[number] for number in random.permutation(len(rows))]
+    return EpochPlan(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
+
+
+def plan_in_order(lengths: np.ndarray, seq_len: int, packing: bool) -> EpochPlan:
+    """Rows without any shuffling, for validation."""
+    order = np.arange(len(lengths))
+    rows = pack_best_fit(order, lengths, seq_len) if packing else [[document] for document in order]
+    return EpochPlan(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
+
+
+def pack_best_fit(documents: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list[int]]:
+    """Rows of at most ``seq_len`` positions that hold all the documents, by best fit decreasing."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free positions, row), sorted
+    for document in documents[np.argsort(-lengths[documents], kind="stable")].tolist():
+        length = int(lengths[document])
+        place = bisect.bisect_left(room, (length, -1))
+        if place < len(room):
+            free, row = room.pop(place)
+            rows[row].append(document)
+        else:
+            free, row = seq_len, len(rows)
+            rows.append([document])
+        if free > length:
+            bisect.insort(room, (free - length, row))
+    return rows

@@ -1,0 +1,121 @@
+"""Tokenizers of Hugging Face folders: a tokenizer.json, and the special tokens and chat template named beside it."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tunelib.errors import DataError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a text, and the [start, end) characters that each came from."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class Tokenizer:
+    """A tokenizer as it lies in a folder.
+
+    Attributes:
+        special: the named special tokens ("bos_token", "eos_token", …) and their text.
+        chat_template: Jinja source, or None.
+        stop_ids: ids that end an answer: eos, and what generation_config.json adds.
+        digest: of every file that decides which ids a text becomes.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if not (folder / "tokenizer.json").is_file():
+            found = "it has tokenizer.model, which is not read yet" if (folder / "tokenizer.model").is_file() else "is it a tokenizer folder?"
+            raise DataError(f"{folder} has no tokenizer.json: {found}; name a folder that has one with model.tokenizer_path")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        settings = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+        self.special = {name: _text_of(settings[name]) for name in settings if name.endswith("_token") and _is_token(settings[name])}
+        self.chat_template = _find_template(folder, settings)
+        self.special_texts = sorted((token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special), key=len)[::-1]
+        self.stop_ids = self._find_stop_ids()
+        self.digest = _digest(folder)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self._tokenizer.get_vocab().values()) + 1
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """ "bos_token_id", "eos_token_id", "pad_token_id": those that there are, as a config.json names them."""
+        ids = {f"{name}_id": self.id_of(self.special.get(name, "")) for name in ("bos_token", "eos_token", "pad_token")}
+        return {name: value for name, value in ids.items() if value is not None}
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token's text, or None."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> Encoded:
+        """Ids of a text; ``add_special_tokens`` puts bos and such where the tokenizer's own post-processing does."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return Encoded(encoding.ids, encoding.offsets)
+
+    def encode_document(self, text: str) -> list[int]:
+        """A document of running text: with the tokenizer's own bos, and eos at its end."""
+        ids = self.encode(text, add_special_tokens=True).ids
+        eos = self.id_of(self.special.get("eos_token", ""))
+        return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ids."""
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def _find_stop_ids(self) -> frozenset[int]:
+        eos = self.id_of(self.special.get("eos_token", ""))
+        listed = _read_json(self.folder / "generation_config.json").get("eos_token_id")
+        ids = listed if isinstance(listed, list) else [listed]
+        return frozenset(item for item in [eos, *ids] if item is not None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a JSON object")
+    return content
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _text_of(token: str | dict[str, str]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _find_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:32]

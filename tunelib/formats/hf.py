@@ -1,0 +1,229 @@
+"""Hugging Face folders: which tensor lies in which file, and writing a folder of the same form."""
+
+import contextlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tunelib import files
+from tunelib.errors import FormatError
+from tunelib.formats.tensors import SafetensorsWriter, TensorInfo, nbytes, read_header, read_slice
+from tunelib.parallel.reduce import agreed
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+MAX_FILE_BYTES = 5 * 10**9
+# What an exported folder takes along from the folder that the weights or the tokenizer came from.
+COMPANIONS = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Derived tensors that old exports contain.
+DERIVED_SUFFIX = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """A Hugging Face folder with safetensors weights. ``partition``: file name → its tensors, in their order there."""
+
+    folder: Path
+    config: dict[str, Any]
+    partition: dict[str, list[TensorInfo]]
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors by name."""
+        return {info.name: info for infos in self.partition.values() for info in infos}
+
+    def read(self, name: str, where: tuple[slice, ...] = ()) -> Tensor:
+        """A tensor, or the part of it at ``where``."""
+        file = next(file for file, infos in self.partition.items() if any(info.name == name for info in infos))
+        return read_slice(self.folder / file, name, where)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder; raises FormatError."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{path} does not exist: is {folder} a model folder?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} is not a JSON object")
+    return config
+
+
+def open_hf_folder(folder: Path) -> HfFolder:
+    """Read the headers of a folder's weights; the index decides which files count.
+
+    Raises:
+        FormatError: no weights, a file that the index names is missing or damaged, or file and index disagree.
+    """
+    config = read_config(folder)
+    if (folder / INDEX_FILE).is_file():
+        weight_map = _read_weight_map(folder / INDEX_FILE)
+        partition = {}
+        for file in dict.fromkeys(weight_map.values()):
+            wanted = {name for name, where in weight_map.items() if where == file}
+            partition[file] = [info for info in read_header(folder / file) if info.name in wanted]
+            if lacking := sorted(wanted - {info.name for info in partition[file]}):
+                raise FormatError(f"{folder / file} lacks {lacking[0]}, which {INDEX_FILE} says it holds")
+    elif (folder / SINGLE_FILE).is_file():
+        partition = {SINGLE_FILE: read_header(folder / SINGLE_FILE)}
+    else:
+        raise FormatError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: no weights to start from")
+    return HfFolder(folder, config, partition)
+
+
+def check_names(source: HfFolder, expected: dict[str, torch.Size], tied: bool) -> None:
+    """Prove that a folder holds exactly the weights of a model.
+
+    Args:
+        expected: the model's parameters, a tied head left out.
+
+    Raises:
+        FormatError: missing or unexpected tensors or wrong shapes, all of them; or a tied head that differs from the embedding.
+    """
+    found = {name: info for name, info in source.tensors.items() if not name.endswith(DERIVED_SUFFIX)}
+    if tied and HEAD in found:
+        if not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
+            raise FormatError(f"{source.folder}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}")
+        del found[HEAD]
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not part of the model" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != tuple(shape)
+    ]
+    if problems:
+        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+        raise FormatError(f"{source.folder} does not fit its config.json: {'; '.join(problems[:8])}{more}")
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Everything about an export but the weights.
+
+    Attributes:
+        partition: file name → tensors, in order.
+        config: the config.json.
+        companions: folders that tokenizer files and generation config are copied from; the first that has a file wins.
+    """
+
+    partition: dict[str, list[TensorInfo]]
+    config: dict[str, Any]
+    companions: tuple[Path, ...]
+
+
+def plan_export(
+    parameters: dict[str, tuple[torch.Size, torch.dtype]],
+    config: dict[str, Any],
+    source: HfFolder | None,
+    dtype: torch.dtype | None,
+    companions: tuple[Path, ...],
+) -> ExportPlan:
+    """Plan a folder in the form that the weights came in, or in files of at most MAX_FILE_BYTES.
+
+    Args:
+        parameters: shape and type of the model's parameters.
+        source: the folder that the weights came from.
+        dtype: the type asked for, or None for the one that each came in.
+    """
+    if source is not None:
+        partition = {
+            file: [TensorInfo(info.name, dtype or info.dtype, info.shape) for info in infos if not info.name.endswith(DERIVED_SUFFIX)]
+            for file, infos in source.partition.items()
+        }
+    else:
+        partition = _partition([TensorInfo(name, dtype or own, tuple(shape)) for name, (shape, own) in parameters.items()])
+    stored = next(iter(partition.values()))[0].dtype
+    name = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if source is None or dtype is not None:
+        config = {**config, name: str(stored).removeprefix("torch.")}
+    return ExportPlan(partition, config, companions)
+
+
+def export_hf(plan: ExportPlan, tensors: dict[str, Tensor], target: Path, is_main: bool) -> None:
+    """Write a Hugging Face folder; one tensor at a time is gathered, by all ranks, and written by one. Collective.
+
+    Args:
+        tensors: the model's parameters by name; a tied head is taken from the embedding.
+
+    Raises:
+        SaveError: on every rank; an older export stays as it was.
+    """
+    staging = target.with_name(f".{target.name}.staging")
+    failed = f"{target} cannot be written"
+    with agreed(failed):
+        if is_main:
+            files.make_staging(target)
+    for file, infos in plan.partition.items():
+        with contextlib.ExitStack() as stack:
+            writer = None
+            with agreed(failed):
+                if is_main:
+                    writer = SafetensorsWriter(stack.enter_context(open(staging / file, "wb")), infos)
+            for info in infos:
+                tensor = tensors.get(info.name, tensors[EMBEDDING])
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                with agreed(failed):
+                    if writer is not None:
+                        writer.write(whole.to(info.dtype))
+            with agreed(failed):
+                if writer is not None:
+                    writer.finish()
+    with agreed(failed):
+        if is_main:
+            _write_companions(plan, staging)
+            files.commit_folder(staging, target, files.describe_files(staging, files.list_files(staging)), kind="export")
+
+
+def _write_companions(plan: ExportPlan, staging: Path) -> None:
+    files.write_file(staging / "config.json", json.dumps(plan.config, indent=2) + "\n")
+    for name in COMPANIONS:
+        if source := next((folder / name for folder in plan.companions if (folder / name).is_file()), None):
+            shutil.copyfile(source, staging / name)
+    if not (staging / "generation_config.json").exists():
+        ids = {name: plan.config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if plan.config.get(name) is not None}
+        files.write_file(staging / "generation_config.json", json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n")
+    if len(plan.partition) > 1 or SINGLE_FILE not in plan.partition:
+        weight_map = {info.name: file for file, infos in plan.partition.items() for info in infos}
+        total = sum(nbytes(info) for infos in plan.partition.values() for info in infos)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        files.write_file(staging / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+
+
+def _partition(infos: list[TensorInfo]) -> dict[str, list[TensorInfo]]:
+    groups: list[list[TensorInfo]] = [[]]
+    size = 0
+    for info in infos:
+        if groups[-1] and size + nbytes(info) > MAX_FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(info)
+        size += nbytes(info)
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    return {f"model-{number:05d}-of-{len(groups):05d}.safetensors": group for number, group in enumerate(groups, start=1)}
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(f"{path} cannot be read as an index: {type(error).__name__}: {error}") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise FormatError(f"{path}: weight_map does not give a file for each tensor")
+    for file in weight_map.values():
+        if Path(file).name != file:
+            raise FormatError(f"{path} names {file!r}, which lies outside the folder")
+    return weight_map

@@ -1,0 +1,113 @@
+"""Give a spread model its weights, from whatever they are stored in: the one call that training and every tool make."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from tunelib.checkpoint.dcp_reader import SafeReader, load_tensors
+from tunelib.config.schema import Model
+from tunelib.config.sizes import SIZES
+from tunelib.errors import FormatError
+from tunelib.files import MANIFEST
+from tunelib.formats.hf import ExportPlan, HfFolder, check_names, open_hf_folder, plan_export, read_config
+from tunelib.model.config import ModelConfig
+from tunelib.model.decoder import Decoder, draw_weight
+from tunelib.model.families import hf_config, llama, parse_config
+from tunelib.parallel.reduce import local
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's first weights come from: a Hugging Face folder, a DCP folder, or nowhere (they are drawn).
+
+    Attributes:
+        config: the model that they are for.
+        sentence: for the opening lines.
+    """
+
+    config: ModelConfig
+    sentence: str
+    hf: HfFolder | None = None
+    dcp: Path | None = None
+
+
+def find_weights(section: Model, initial_load_path: str, vocab_size: int, seq_len: int) -> Weights:
+    """Know the model: from the folder that it is loaded from, or from [model].
+
+    Args:
+        vocab_size: the tokenizer's, for a model whose own is not given.
+        seq_len: tokens per row, for a model whose longest context is not given.
+
+    Raises:
+        FormatError: a folder that is not one, or whose config.json and weights do not fit together.
+    """
+    if not initial_load_path:
+        config = parse_config(_fields_of(section, vocab_size, seq_len), "[model]")
+        return Weights(config, "weights drawn from training.seed")
+    folder = Path(initial_load_path)
+    if not folder.is_dir():
+        raise FormatError(f"checkpoint.initial_load_path = {initial_load_path!r} is not a folder; scripts/download.py fetches one from the Hub")
+    config = parse_config(read_config(folder), str(folder / "config.json"))
+    if (folder / ".metadata").is_file():
+        unverified = "" if (folder / MANIFEST).is_file() else ", unverified: it has no manifest"
+        return Weights(config, f"weights from the DCP folder {folder}{unverified}", dcp=folder)
+    return Weights(config, f"weights from the Hugging Face folder {folder}", hf=open_hf_folder(folder))
+
+
+def check_weights(model: Decoder, weights: Weights) -> None:
+    """Prove, before storage is allocated, that the weights fit the model; raises FormatError."""
+    if weights.hf is not None:
+        check_names(weights.hf, {name: parameter.shape for name, parameter in model.named_parameters()}, model.config.tie_word_embeddings)
+    if weights.dcp is not None:
+        held = SafeReader(weights.dcp).read_metadata().state_dict_metadata
+        for name, parameter in model.named_parameters():
+            size = getattr(held.get(name), "size", None)
+            if size != parameter.shape:
+                raise FormatError(f"{weights.dcp}: {name} is {'missing' if size is None else f'{list(size)} instead of {list(parameter.shape)}'}")
+
+
+def give_weights(model: Decoder, weights: Weights, seed: int) -> None:
+    """Fill every parameter, each rank its own shards only. Collective for a DCP folder."""
+    if weights.dcp is not None:
+        load_tensors({name: parameter.detach() for name, parameter in model.named_parameters()}, weights.dcp)
+        return
+    for name, parameter in model.named_parameters():
+        where = _own_slices(parameter)
+        part = weights.hf.read(name, where) if weights.hf else draw_weight(model.config, name, parameter.shape, seed)[where]
+        local(parameter.detach()).copy_(part)
+
+
+def plan_export_of(
+    model: Decoder, weights: Weights, tokenizer_folder: Path | None, special_ids: dict[str, int], dtype: torch.dtype | None
+) -> ExportPlan:
+    """How the model's weights will leave: in the form they came in.
+
+    Args:
+        special_ids: bos, eos and pad of the tokenizer, for a config.json made here.
+        dtype: the type asked for, or None for the one they came in.
+    """
+    parameters = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
+    config = weights.hf.config if weights.hf is not None else hf_config(weights.config) | special_ids
+    folders = (weights.hf.folder if weights.hf is not None else None, tokenizer_folder)
+    return plan_export(parameters, config, weights.hf, dtype, tuple(folder for folder in folders if folder is not None))
+
+
+def _own_slices(parameter: object) -> tuple[slice, ...]:
+    """The part of the whole tensor that lies on this rank."""
+    if not isinstance(parameter, DTensor):
+        return (slice(None),) * parameter.ndim
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+
+
+def _fields_of(section: Model, vocab_size: int, seq_len: int) -> dict[str, Any]:
+    """[model] as the fields of a config.json: a named size, what is given besides, and defaults where there is no size."""
+    own = {name: value for name, value in asdict(section).items() if value is not None and name not in ("flavor", "tokenizer_path", "rope_scaling")}
+    if section.rope_scaling.rope_type != "default":
+        own["rope_scaling"] = asdict(section.rope_scaling)
+    defaults = {"vocab_size": vocab_size + vocab_size % 2, "max_position_embeddings": seq_len, "rms_norm_eps": 1e-5}
+    return {"architectures": [llama.ARCHITECTURE], **(SIZES[section.flavor] if section.flavor else defaults), **own}

@@ -1,0 +1,45 @@
+"""Plain greedy generation: the whole sequence through the model for every new token, on any layout that training runs on."""
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from tunelib.data.chat import ChatTemplate
+from tunelib.data.tokenizer import Tokenizer
+from tunelib.parallel.reduce import from_main
+
+
+@torch.no_grad()
+def generate_greedy(model: nn.Module, prompt: list[int], max_new_tokens: int, stop_ids: Collection[int], device: torch.device) -> list[int]:
+    """The most probable continuation, token by token, without a cache. Collective: every rank follows rank 0's choice.
+
+    Args:
+        prompt: token ids, at least one.
+        stop_ids: ids that end the answer; the one met is not part of it.
+    """
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        tokens = torch.tensor([ids], device=device)  # (1, S)
+        positions = torch.arange(len(ids), device=device)[None]
+        logits = model(tokens, positions, (len(ids),))  # (1, S, V)
+        chosen = from_main(int(logits[0, -1].argmax()))
+        if chosen in stop_ids:
+            break
+        ids.append(chosen)
+    return ids[len(prompt) :]
+
+
+def answer_prompts(
+    model: nn.Module, prompts: Collection[str], tokenizer: Tokenizer, template: ChatTemplate | None, max_new_tokens: int, device: torch.device
+) -> list[str]:
+    """Greedy answers to prompts, each as the one message of a user, or, without a template, continued as running text. Collective."""
+    answers = []
+    for prompt in prompts:
+        ids = (
+            template.encode_prompt([{"role": "user", "content": prompt}])
+            if template is not None
+            else tokenizer.encode(prompt, add_special_tokens=True).ids
+        )
+        answers.append(tokenizer.decode(generate_greedy(model, ids, max_new_tokens, tokenizer.stop_ids, device)))
+    return answers

@@ -1,0 +1,51 @@
+"""What a person sees while a run goes on: lines, and on a terminal a progress line that stays at the bottom."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Console:
+    """Prints on one rank, and is silent on the others.
+
+    On a terminal the steps are a progress bar with an ETA; elsewhere each logged step is a plain line.
+    """
+
+    def __init__(self, active: bool):
+        self._active = active
+        self._bar: tqdm[Any] | None = None
+        self._num_steps = 0
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._active:
+            tqdm.write(text) if self._bar is not None else print(text, flush=True)
+
+    def start_steps(self, num_steps: int, done: int) -> None:
+        """The loop begins."""
+        self._num_steps = num_steps
+        if self._active and sys.stdout.isatty():
+            self._bar = tqdm(total=num_steps, initial=done, unit="step", dynamic_ncols=True, leave=True, file=sys.stdout, smoothing=0.05)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """A logged step; ``row`` is what metrics.jsonl gets."""
+        figures = f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  {row['memory_gib']:.2f} GiB"
+        if self._bar is not None:
+            self._bar.update(row["step"] - self._bar.n)
+            self._bar.set_description_str(figures)
+        elif self._active:
+            left = (self._num_steps - row["step"]) * row["seconds_per_step"]
+            print(f"step {row['step']:>{len(str(self._num_steps))}}/{self._num_steps}  {figures}  lr {row['lr']:.2e}  ETA {_clock(left)}", flush=True)
+
+    def end_steps(self) -> None:
+        """The loop is over."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,48 @@
+"""metrics.jsonl and samples.jsonl: a row per logged step, floats at full precision."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tunelib import files
+
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+
+
+class RowWriter:
+    """Appends rows to a .jsonl file.
+
+    Args:
+        path: the file.
+        resumed_step: rows of later steps, which the run will make again, are cut; None starts the file anew.
+        active: False on ranks that do not write.
+    """
+
+    def __init__(self, path: Path, resumed_step: int | None, active: bool):
+        self._file = None
+        if active:
+            kept = _rows_up_to(path, resumed_step) if resumed_step is not None and path.exists() else []
+            files.replace_file(path, "".join(kept))
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held until close)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row, at once."""
+        if self._file is not None:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _rows_up_to(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            break  # a line that a crash cut off is the last one
+    return kept

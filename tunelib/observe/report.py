@@ -1,0 +1,80 @@
+"""The opening lines and the closing summary of a run."""
+
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from tunelib.config.schema import Config
+from tunelib.data.index import Index
+from tunelib.observe.metrics import METRICS_FILE
+from tunelib.parallel.mesh import Layout
+from tunelib.parallel.runtime import Runtime
+
+
+def unigram_entropy(index: Index) -> float:
+    """Entropy in nats per token of the trained labels' frequencies: the loss of the best model that sees no context."""
+    labels = np.concatenate(
+        [index.tokens[s + 1 : s + 1 + n][index.trained[s + 1 : s + 1 + n]] for s, n in zip(index.starts, index.lengths, strict=True)]
+    )
+    shares = np.bincount(labels) / len(labels)
+    shares = shares[shares > 0]
+    return float(-(shares * np.log(shares)).sum())
+
+
+def opening_lines(config: Config, runtime: Runtime, layout: Layout, model: nn.Module, index: Index, num_steps: int, weights: str) -> list[str]:
+    """What is about to happen, in a few lines."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    training = config.training
+    processes = f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''} on {runtime.device.type}"
+    how = f"sharded over {layout.num_data_ranks}" if layout.mesh is not None else "not sharded"
+    dtypes = f"{runtime.param_dtype} parameters" + (f", {runtime.compute_dtype} compute" if runtime.compute_dtype != runtime.param_dtype else "")
+    num_tokens = int(index.lengths.sum())
+    return [
+        *([config.job.description] if config.job.description else []),
+        f"model      {num_parameters / 1e6:,.1f} M parameters; {weights}",
+        f"data       {len(index):,} documents, {num_tokens:,} tokens, {100 * index.num_trained.sum() / num_tokens:.0f}% trained; "
+        f"unigram entropy {unigram_entropy(index):.3f} nats",
+        *(f"           {note}" for note in index.notes),
+        f"machine    {processes}, {how}, {dtypes.replace('torch.', '')}",
+        f"run        {num_steps:,} steps of {training.global_batch_size} rows of {training.seq_len} tokens",
+    ]
+
+
+class Summary:
+    """Adds up a run's steps, and says at its end what a reader will copy."""
+
+    def __init__(self) -> None:
+        self._tokens, self._seconds, self._num_steps = 0, 0.0, 0
+        self._logged = (0, 0.0, 0)
+        self._losses: list[float] = []
+        self._validations: list[float] = []
+
+    def add_step(self, num_tokens: int, seconds: float, loss: float) -> None:
+        """One step has ended; its time leaves out validation and saving."""
+        self._tokens, self._seconds, self._num_steps = self._tokens + num_tokens, self._seconds + seconds, self._num_steps + 1
+        self._losses = [*self._losses[-9:], loss]
+
+    def add_validation(self, loss: float) -> None:
+        """The held-out documents have been looked at."""
+        self._validations.append(loss)
+
+    def speed(self) -> dict[str, float]:
+        """Tokens (padding not counted) per second over all processes, and seconds per step, since the last call."""
+        tokens, seconds, steps = (now - then for now, then in zip((self._tokens, self._seconds, self._num_steps), self._logged, strict=True))
+        self._logged = (self._tokens, self._seconds, self._num_steps)
+        return {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}
+
+    def lines(self, step: int, tokens_seen: int, seconds: float, memory_gib: float, folder: Path, checkpoint: Path | None) -> list[str]:
+        """The summary, with where each output lies."""
+        loss = f"; training loss {np.mean(self._losses):.4f} (mean of the last {len(self._losses)} steps)" if self._losses else ""
+        first, last = (f"{loss:.4f}" for loss in (self._validations[0], self._validations[-1])) if self._validations else ("", "")
+        validation = f"; validation loss {first} → {last}" if len(self._validations) > 1 else f"; validation loss {last}" if last else ""
+        rate = f"{self._tokens / self._seconds:,.0f} tokens/s; " if self._seconds else ""
+        return [
+            f"done       step {step:,}{loss}{validation}",
+            f"speed      {rate}{tokens_seen:,} tokens in all; {seconds:.1f} s in this process; peak memory {memory_gib:.2f} GiB",
+            f"written    {folder / METRICS_FILE}",
+            *([f"           {checkpoint}"] if checkpoint else []),
+            f"           {folder / 'export'}: open it with transformers, or go on from it with --checkpoint.initial_load_path",
+        ]

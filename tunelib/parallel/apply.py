@@ -1,0 +1,15 @@
+"""Spread a model over the processes: the one call that training and every tool make."""
+
+from tunelib.config.schema import Parallelism
+from tunelib.model.decoder import Decoder
+from tunelib.parallel.fsdp import apply_fsdp
+from tunelib.parallel.mesh import Layout
+from tunelib.parallel.runtime import Runtime
+
+
+def spread_model(model: Decoder, section: Parallelism, layout: Layout, runtime: Runtime) -> None:
+    """Change a model on the meta device in place, and then give its parameters empty storage where each belongs."""
+    if layout.mesh is not None:
+        apply_fsdp(model, layout.mesh, runtime.compute_dtype, runtime.reduce_dtype, section.fsdp_reshard_after_forward == "always")
+    model.to_empty(device=runtime.device)
+    model.tie_weights()

@@ -1,0 +1,26 @@
+"""FSDP2: parameters, gradients and optimizer state sharded, one group per layer and one for the rest."""
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from tunelib.model.decoder import Decoder
+
+
+def apply_fsdp(model: Decoder, mesh: DeviceMesh, compute_dtype: torch.dtype, reduce_dtype: torch.dtype, reshard_after_forward: bool) -> None:
+    """Shard a model in place. Gradients are summed over ranks, never averaged (law 1)."""
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # The root's parameters are needed again at once in the backward pass.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def set_gradient_sync(model: torch.nn.Module, sync: bool) -> None:
+    """Whether the next backward pass sends gradients; between micro-batches they are kept on each rank and sent once."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)

@@ -1,0 +1,98 @@
+"""Numbers and verdicts that all processes share. Every function here is a collective that every rank must reach."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from tunelib.errors import SaveError, TunelibError
+
+T = TypeVar("T")
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum over all data ranks of a tensor, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def agree(error: BaseException | None) -> None:
+    """Raise on every rank what any rank met, so that none goes on alone and hangs; the lowest rank's error wins.
+
+    A rank that met one itself raises its own, with its traceback.
+    """
+    met = gather_objects(None if error is None else (type(error).__name__, str(error), getattr(error, "exit_code", None)))
+    if error is not None:
+        raise error
+    for rank, problem in enumerate(met):
+        if problem is not None:
+            name, text, exit_code = problem
+            elsewhere = TunelibError(f"rank {rank}: {text if exit_code is not None else f'{name}: {text}'}")
+            elsewhere.exit_code = exit_code or 1
+            raise elsewhere
+
+
+@contextlib.contextmanager
+def agreed(what: str = "") -> Iterator[None]:
+    """Run a block without collectives on every rank; what any rank raises in it, all raise after it. Collective.
+
+    Args:
+        what: makes an OSError of the block a SaveError that begins with this, such as "step-10 cannot be written".
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except OSError as problem:
+        error = SaveError(f"{what}: {problem}") if what else problem
+    except Exception as problem:
+        error = problem
+    agree(error)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients down to an L2 norm of ``max_norm``; returns the norm before, a scalar.
+
+    Parameters without a gradient are left out; the norm is over the whole parameters, wherever their shards are.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
+    return norm
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def deal(items: Sequence[T]) -> list[T]:
+    """This rank's share of a list of work that all ranks know (no communication)."""
+    if not dist.is_initialized():
+        return list(items)
+    return list(items[dist.get_rank() :: dist.get_world_size()])

@@ -1,0 +1,155 @@
+"""A process's place among the others: ranks, device, process group, and leaving cleanly on every path."""
+
+import contextlib
+import ctypes
+import datetime
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tunelib.config.schema import Comm, Training
+from tunelib.errors import TunelibError
+from tunelib.files import lock_folder
+from tunelib.parallel.reduce import agreed
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Who this process is.
+
+    Attributes:
+        device: where it computes.
+        param_dtype: of parameters and optimizer state.
+        compute_dtype: of the forward and backward pass.
+        reduce_dtype: of gradients between processes.
+        sharded: whether the model runs under FSDP2: on several processes, or where compute_dtype differs from param_dtype.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    param_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+
+    @property
+    def sharded(self) -> bool:
+        return self.world_size > 1 or self.compute_dtype != self.param_dtype
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes what is written once."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def start(training: Training, comm: Comm) -> Iterator[Runtime]:
+    """Wake this process: device, threads, seeds and, where there are several processes, their group, which is left at the end."""
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        _die_with_parent()
+    random.seed(training.seed)
+    np.random.seed(training.seed & 0xFFFFFFFF)
+    torch.manual_seed(training.seed)
+    torch.use_deterministic_algorithms(training.deterministic)
+    runtime = Runtime(rank, world_size, device, *resolve_dtypes(training, device))
+    if not runtime.sharded:
+        yield runtime
+        return
+    timeout = datetime.timedelta(seconds=comm.init_timeout_seconds)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
+    try:
+        yield runtime
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
+    """Have the main process hold the run folder; collective.
+
+    Raises:
+        ConfigError: on every rank, where another run holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        with agreed():
+            if runtime.is_main:
+                stack.enter_context(lock_folder(folder))
+        yield
+
+
+def resolve_dtypes(training: Training, device: torch.device) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Parameter, compute and reduction dtypes after "auto" (see the fields of [training])."""
+    param = DTYPES["float32" if training.dtype == "auto" else training.dtype]
+    mixed = device.type == "cuda" and param != torch.float64
+    compute = (torch.bfloat16 if mixed else param) if training.mixed_precision_param == "auto" else DTYPES[training.mixed_precision_param]
+    reduce = (torch.float32 if mixed else param) if training.mixed_precision_reduce == "auto" else DTYPES[training.mixed_precision_reduce]
+    return param, compute, reduce
+
+
+def shorten_timeout(comm: Comm) -> None:
+    """From the first step on, a collective that hangs is noticed after ``comm.train_timeout_seconds``."""
+    if dist.is_initialized():
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        _set_pg_timeout(datetime.timedelta(seconds=comm.train_timeout_seconds), dist.group.WORLD)
+
+
+def run_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run a program's main function; the exit code, also for run_train.sh, which cannot learn it through torchrun.
+
+    What the user can mend is printed by one process as a sentence; everything else travels on as a traceback.
+    """
+    try:
+        main(argv)
+        return 0
+    except TunelibError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return _leave_exit_code(error.exit_code)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _leave_exit_code(_report_memory(error))
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        return _leave_exit_code(_report_memory(error))
+
+
+def _report_memory(error: BaseException) -> int:
+    first_line = str(error).strip().split("\n")[0]
+    print(
+        f"error: out of memory on rank {os.environ.get('RANK', '0')} ({first_line}). Try, in this order: --training.local_batch_size 1 "
+        "(the global batch stays as it is), a smaller --training.seq_len, more processes (NGPU=…: they share the state).",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _leave_exit_code(code: int) -> int:
+    if path := os.environ.get("TUNELIB_EXIT_CODE_FILE"):
+        Path(path).write_text(str(code))
+    return code
+
+
+def _die_with_parent() -> None:
+    """Have the system end this process when torchrun dies; it would live on, in a session of its own (Linux only)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
