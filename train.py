@@ -35,7 +35,7 @@ from tunelib.observe.metrics import METRICS_FILE, SAMPLES_FILE, RowWriter
 from tunelib.observe.report import Summary, opening_lines
 from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
-from tunelib.parallel.fsdp import set_gradient_sync
+from tunelib.parallel.fsdp import forward_only, set_gradient_sync
 from tunelib.parallel.mesh import build_layout
 from tunelib.parallel.reduce import agreed, clip_gradients, sum_over_ranks
 from tunelib.parallel.runtime import DTYPES, Runtime, hold_folder, run_main, shorten_timeout, start
@@ -227,13 +227,13 @@ def train_step(model: Decoder, optimizer: torch.optim.Optimizer, work: Step, lr:
     return sum_over_ranks(total).item() / work.num_trained, grad_norm.item()
 
 
-@torch.no_grad()
 def evaluate(model: Decoder, data: HeldOutData, runtime: Runtime) -> float:
     """The loss in nats per trained token over all held-out documents; every rank must call it."""
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for batch in data.batches():
-        batch = batch.to(runtime.device)
-        total += model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
+    with forward_only(model):
+        for batch in data.batches():
+            batch = batch.to(runtime.device)
+            total += model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
     return sum_over_ranks(total).item() / data.num_trained
 
 

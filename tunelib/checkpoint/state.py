@@ -54,7 +54,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors by parameter name; their storage, not copies."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {f"optimizer.{names[parameter]}.{key}": value for parameter, state in optimizer.state.items() for key, value in state.items()}
 
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tunelib.config.fields import FIELDS, SECTIONS, convert_value, find_fault, find_nearest, show_value
+from tunelib.config.fields import FIELDS, LARGEST_INTEGER, SECTIONS, convert_value, find_fault, find_nearest, show_value
 from tunelib.config.renamed import RENAMED, REPLACED, UNBUILT
 from tunelib.config.settings import Origin, Problem, Setting, explain_stranger
 from tunelib.config.toml_lines import TomlLines, find_lines
@@ -98,7 +98,8 @@ def explain_unreadable(file: str, asked_by: str, error: OSError | ValueError) ->
         return f"{file}:{before.count(10) + 1}: not UTF-8: byte 0x{bad:02x} at offset {error.start}; save the file as UTF-8"
     if isinstance(error, tomllib.TOMLDecodeError):
         return explain_syntax(file, Path(file).read_bytes().decode(), str(error))
-    return f"{file}: {str(error).partition(';')[0]}: a number here is far too long"
+    long = [number for number, text in enumerate(Path(file).read_text().splitlines(), start=1) if re.search(r"[0-9_]{1000}", text)]
+    return f"{file}:{long[0] if long else 1}: a number has too many digits; the largest whole number is {LARGEST_INTEGER}"
 
 
 def explain_syntax(file: str, text: str, complaint: str) -> str:

@@ -65,6 +65,9 @@ def explain_stranger(section: str, name: str, value: object, place: str, flag: s
 def explain_strange_name(section: str, name: str, value: object, place: str, flag: str) -> Problem:
     start = f"{place}: {flag}: [{section}] has no key '{name}'" if flag else f"{place}: [{section}] has no key '{name}' (= {show_value(value)})"
     names = [field.name for field in FIELDS.values() if field.section == section]
+    inner = {key.rpartition(".")[2]: key for key in SECTIONS if key.startswith(f"{section}.")}
+    if isinstance(value, dict) and (table := find_nearest(name, inner)):
+        return Problem(f"{start}; did you mean [{inner[table]}]?")
     near = find_nearest(name, names)
     homes = find_homes(name)
     if homes and not (near and len(homes) > 1):
@@ -80,6 +83,8 @@ def explain_strange_name(section: str, name: str, value: object, place: str, fla
 
 def explain_strange_section(section: str, name: str, value: object, place: str, flag: str) -> Problem:
     """A table that is no section, or a key that stands outside of every section."""
+    if name in SECTIONS:
+        return Problem(f"{place}: {flag}: [{name}] is a section; a flag names one of its keys, such as {find_first_key(name).flag}")
     if not section:
         homes = find_homes(name)
         guesses = homes or find_homes(find_nearest(name, [field.name for field in FIELDS.values()]))
@@ -94,6 +99,10 @@ def explain_strange_section(section: str, name: str, value: object, place: str, 
 def find_homes(name: str | None) -> list[Field]:
     """The settings of this name, in any section."""
     return [field for field in FIELDS.values() if field.name == name]
+
+
+def find_first_key(section: str) -> Field:
+    return next(field for field in FIELDS.values() if field.section == section)
 
 
 def point_to(fields: list[Field], flag: str, guess: bool = False) -> str:

@@ -105,7 +105,7 @@ def build_index(path: Path, section: Dataset, seq_len: int, tokenizer: Tokenizer
     Raises:
         DataError: a bad row (with file and line), no document, or no trained token at all.
     """
-    template, format, builder, notes = None, section.format, None, []
+    template, format, builder, notes = None, str(section.format), None, list[str]()
     for line, row in read_rows(path):
         where = f"{path}:{line}"
         if builder is None:
@@ -125,10 +125,11 @@ def build_index(path: Path, section: Dataset, seq_len: int, tokenizer: Tokenizer
         raise DataError(
             f"{path}: no token of {builder.num_untrained + builder.num_long} documents is trained; look at the template and dataset.train_on"
         )
+    starts, lengths, num_trained, lines = np.array(builder.documents, dtype=np.int64).T
     return Index(
         np.concatenate(builder.tokens),
         np.concatenate(builder.trained),
-        *(np.array(column, dtype=np.int64) for column in zip(*builder.documents, strict=True)),
+        *(starts, lengths, num_trained, lines),
         format=format,
         fingerprint={
             "file": digest_file(path),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -96,7 +97,7 @@ def plan_export_of(
     return plan_export(parameters, config, weights.hf, dtype, tuple(folder for folder in folders if folder is not None))
 
 
-def _own_slices(parameter: object) -> tuple[slice, ...]:
+def _own_slices(parameter: Tensor) -> tuple[slice, ...]:
     """The part of the whole tensor that lies on this rank."""
     if not isinstance(parameter, DTensor):
         return (slice(None),) * parameter.ndim

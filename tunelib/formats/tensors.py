@@ -82,7 +82,7 @@ class SafetensorsWriter:
         """Write the next tensor."""
         info = self._expected.pop(0)
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{info} expected, not {tensor.shape} {tensor.dtype}"
-        self._file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
         """All tensors are there; wait until the disk has them."""

@@ -7,10 +7,10 @@ from torch import nn
 
 from tunelib.data.chat import ChatTemplate
 from tunelib.data.tokenizer import Tokenizer
+from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.reduce import from_main
 
 
-@torch.no_grad()
 def generate_greedy(model: nn.Module, prompt: list[int], max_new_tokens: int, stop_ids: Collection[int], device: torch.device) -> list[int]:
     """The most probable continuation, token by token, without a cache. Collective: every rank follows rank 0's choice.
 
@@ -19,14 +19,15 @@ def generate_greedy(model: nn.Module, prompt: list[int], max_new_tokens: int, st
         stop_ids: ids that end the answer; the one met is not part of it.
     """
     ids = list(prompt)
-    for _ in range(max_new_tokens):
-        tokens = torch.tensor([ids], device=device)  # (1, S)
-        positions = torch.arange(len(ids), device=device)[None]
-        logits = model(tokens, positions, (len(ids),))  # (1, S, V)
-        chosen = from_main(int(logits[0, -1].argmax()))
-        if chosen in stop_ids:
-            break
-        ids.append(chosen)
+    with forward_only(model):
+        for _ in range(max_new_tokens):
+            tokens = torch.tensor([ids], device=device)  # (1, S)
+            positions = torch.arange(len(ids), device=device)[None]
+            logits = model(tokens, positions, (len(ids),))  # (1, S, V)
+            chosen = from_main(int(logits[0, -1].argmax()))
+            if chosen in stop_ids:
+                break
+            ids.append(chosen)
     return ids[len(prompt) :]
 
 

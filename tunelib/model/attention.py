@@ -51,8 +51,8 @@ def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple
     pieces = (tensor.flatten(0, 1).split(document_lengths) for tensor in (q, k, v))
     attended = []
     for of_document in zip(*pieces, strict=True):
-        heads_first = (tensor.transpose(0, 1).unsqueeze(0) for tensor in of_document)  # (1, H, L, D)
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+        q_i, k_i, v_i = (tensor.transpose(0, 1).unsqueeze(0) for tensor in of_document)  # (1, H, L, D)
+        out = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
         attended.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(attended).unflatten(0, q.shape[:2])
 

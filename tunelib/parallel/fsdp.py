@@ -1,5 +1,8 @@
 """FSDP2: parameters, gradients and optimizer state sharded, one group per layer and one for the rest."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -18,6 +21,17 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, compute_dtype: torch.dtype, red
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+@contextlib.contextmanager
+def forward_only(model: torch.nn.Module) -> Iterator[None]:
+    """A block of forward passes without gradients. After it the parameters are shards again: FSDP2 leaves some gathered for a
+    backward pass that does not come."""
+    with torch.no_grad():
+        yield
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def set_gradient_sync(model: torch.nn.Module, sync: bool) -> None:
