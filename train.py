@@ -9,6 +9,7 @@ give weights · optimizer · resume · watch · the loop · close; then `train_s
 have got wrong is found before the first weight is allocated. Nothing imports this file.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
     config, folder = loaded.config, resolve_dump_folder(loaded.config)
 
     # Wake: device, process group, seeds. One writer holds the run folder.
-    with start(config.training, config.comm) as runtime, hold_folder(folder, runtime):
+    with start(config.training, config.comm) as runtime, hold_folder(folder, runtime), contextlib.ExitStack() as closing:
         console = Console(active=runtime.is_main)
         started = time.monotonic()
 
@@ -136,8 +137,8 @@ def main(argv: list[str]) -> None:
         if runtime.is_main:
             replace_file(folder / "config.toml", resolved_toml(loaded))
         resumed_step = step if decision.state is not None else None
-        metrics = RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main)
-        samples = RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main)
+        metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
+        samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
         for line in opening_lines(config, runtime, layout, model, index, num_steps, weights.sentence):
             console.say(line)
         summary = Summary()
@@ -200,8 +201,6 @@ def main(argv: list[str]) -> None:
         elif config.checkpoint.enable_checkpoint:
             checkpoint = manager.save(model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device), state())
         export_hf(export, model_tensors(model), folder / "export", runtime.is_main)
-        metrics.close()
-        samples.close()
         for line in summary.lines(step, tokens_seen, time.monotonic() - started, peak_memory_gib(runtime.device), folder, checkpoint):
             console.say(line)
 

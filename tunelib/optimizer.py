@@ -1,4 +1,4 @@
-"""AdamW and SGD in torch's fused implementation, with weight decay on matrices only."""
+"""torch's fused AdamW, and its SGD (whose fused kernel takes no sharded tensors), with weight decay on matrices only."""
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ def build_optimizer(model: nn.Module, section: Optimizer) -> torch.optim.Optimiz
     ]
     if section.name == "AdamW":
         return torch.optim.AdamW(groups, lr=section.lr, betas=(section.beta1, section.beta2), eps=section.eps, fused=True)
-    return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, fused=True)
+    return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum)
 
 
 def prepare_state(optimizer: torch.optim.Optimizer) -> None:

@@ -73,14 +73,15 @@ def is_flag(word: str) -> bool:
 
 
 def read_flag(flag: Flag, found: CommandLine) -> None:
-    key, negated = today_key(flag.name)
+    name, negated = split_negation(flag.name)
+    key = RENAMED.get(name, name)
     schema_field = FIELDS.get(key)
     if schema_field is None:
         value = flag.words[0] if len(flag.words) == 1 else tuple(flag.words) or True
         section, _, name = flag.name.rpartition(".")
         found.problems.append(explain_stranger(section, name, value, "command line", str(flag)))
         return
-    if flag.name in RENAMED:
+    if name in RENAMED:
         found.notices.append(f"command line: --{flag.name} is an older spelling of {schema_field.flag}, which was set")
     problem = find_shape_fault(schema_field, flag, negated)
     if problem:
@@ -94,13 +95,13 @@ def read_flag(flag: Flag, found: CommandLine) -> None:
     add_setting(Setting(key, convert_value(schema_field, value), COMMAND_LINE, str(flag)), schema_field, found)
 
 
-def today_key(name: str) -> tuple[str, bool]:
-    """The dotted key of a flag's name, and whether it is the ``no-`` form."""
+def split_negation(name: str) -> tuple[str, bool]:
+    """The dotted name of a flag, and whether it was the ``no-`` form of a boolean."""
     section, _, last = name.rpartition(".")
     positive = f"{section}.{last[3:]}"
-    if last.startswith(("no-", "no_")) and (field := FIELDS.get(RENAMED.get(positive, positive))) and field.kind == "bool":
-        return field.key, True
-    return RENAMED.get(name, name), False
+    target = FIELDS.get(RENAMED.get(positive, positive))
+    negated = last.startswith(("no-", "no_")) and target is not None and target.kind == "bool"
+    return (positive, True) if negated else (name, False)
 
 
 def find_shape_fault(schema_field: Field, flag: Flag, negated: bool) -> str | None:

@@ -4,6 +4,7 @@ A relation is asked only where every key it reads is known: a mistyped value is 
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from tunelib.config.settings import Setting
 from tunelib.config.sizes import ARCHITECTURES, SIZES
 
 NEEDED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-LARGEST_JSON_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,6 @@ def find_validation_fault(checked: Checked) -> Iterator[str]:
         yield f"{checked.at('validation.enable')}: needs held-out documents; give validation.path (a file) or validation.fraction (such as 0.05)"
 
 
-def find_folder_fault(checked: Checked) -> Iterator[str]:
-    if not checked.config.checkpoint.folder.strip("./"):
-        yield f'{checked.at("checkpoint.folder")}: the step folders need a folder of their own inside job.dump_folder, such as "checkpoint"'
-
-
 def find_degree_fault(checked: Checked) -> Iterator[str]:
     """Degrees that are not built, or that do not multiply to the world size."""
     parallelism, world_size = checked.config.parallelism, checked.world_size
@@ -106,7 +101,7 @@ def find_batch_fault(checked: Checked) -> Iterator[str]:
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    return next(size for size in range(min(limit, number), 0, -1) if number % size == 0)
+    return next(size for size in range(min(limit, number, 4096), 0, -1) if number % size == 0)  # bounded, whatever was typed
 
 
 def find_model_fault(checked: Checked) -> Iterator[str]:
@@ -165,11 +160,11 @@ def find_context_fault(checked: Checked) -> Iterator[str]:
 def find_weights_fault(checked: Checked) -> Iterator[str]:
     """What a config.json beside the weights shows, where there is one; whether the weights exist is asked by the run."""
     path = Path(checked.config.checkpoint.initial_load_path) / "config.json"
-    if not checked.config.checkpoint.initial_load_path or not path.is_file():
+    if not checked.config.checkpoint.initial_load_path or not os.path.isfile(path):
         return
     place = checked.at("checkpoint.initial_load_path")
     try:
-        found = json.loads(path.read_bytes()[:LARGEST_JSON_BYTES])
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         yield f"{place}: {path} cannot be read as JSON: {error}; copy the folder again"
         return
@@ -194,7 +189,6 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("training.steps", "training.epochs", "checkpoint.create_seed_checkpoint"), find_length_fault),
     (("dataset.path", "checkpoint.create_seed_checkpoint"), find_data_fault),
     (("validation.enable", "validation.path", "validation.fraction"), find_validation_fault),
-    (("checkpoint.folder",), find_folder_fault),
     (("parallelism.",), find_degree_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),
     (("model.", "checkpoint.initial_load_path"), find_model_fault),

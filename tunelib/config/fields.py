@@ -93,12 +93,14 @@ def find_text_fault(field: Field, value: object) -> str | None:
         example = f': write "{show_value(value)}"' if isinstance(value, (bool, int, float)) and not field.choices else ""
         return f"expected {wanted}, in quotes{example}"
     if field.choices and value not in field.choices:
-        if value.lower() in HALF_PRECISION and "bfloat16" in field.choices:
+        if value.lower() in HALF_PRECISION and "bfloat16" in field.choices and "float16" not in field.choices:
             return 'float16 would need loss scaling, which is not done here; use "bfloat16", which has the range of float32'
         near = find_nearest(value, field.choices)
         return f"expected one of {show_choices(field)}" + (f'; did you mean "{near}"?' if near else "")
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
         return "holds a character that no file name or text can have; remove it"
+    if value == "" and field.default:
+        return f"must not be empty; the default is {show_value(field.default)}"
     if field.path and value.startswith("~"):
         return "'~' is not expanded here; write the whole path"
     return None

@@ -77,45 +77,44 @@ def read_files(file: str) -> Files:
 
 def read_document(file: str, asked_by: str, problems: list[Problem]) -> Document | None:
     """The parsed file, or None with a problem that says why there is none."""
+    content, text = b"", ""
     try:
-        text = Path(file).read_bytes().decode().removeprefix("\ufeff")
+        content = Path(file).read_bytes()
+        text = content.decode().removeprefix("\ufeff").replace("\r\n", "\n")
         return Document(file, tomllib.loads(text), find_lines(text))
     except FileNotFoundError:
         message = f"{asked_by}: there is no config file {file}{suggest_file(file)}"
-    except (OSError, ValueError) as error:
-        message = explain_unreadable(file, asked_by, error)
+    except OSError as error:
+        message = f"{asked_by}: the config file {file} cannot be read: {error.strerror or error}"
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        message = f"{file}:{line}: not UTF-8: byte 0x{byte:02x} at offset {error.start}; save the file as UTF-8"
     except RecursionError:
         message = f"{file}: brackets are nested too deeply to be read; no setting needs more than three levels"
+    except ValueError as error:
+        message = f"{file}:{explain_syntax(text, str(error))}"
     problems.append(Problem(message, EVERY_KEY))
     return None
 
 
-def explain_unreadable(file: str, asked_by: str, error: OSError | ValueError) -> str:
-    if isinstance(error, OSError):
-        return f"{asked_by}: the config file {file} cannot be read: {error.strerror or error}"
-    if isinstance(error, UnicodeDecodeError):
-        before, bad = error.object[: error.start], error.object[error.start]
-        return f"{file}:{before.count(10) + 1}: not UTF-8: byte 0x{bad:02x} at offset {error.start}; save the file as UTF-8"
-    if isinstance(error, tomllib.TOMLDecodeError):
-        return explain_syntax(file, Path(file).read_bytes().decode(), str(error))
-    long = [number for number, text in enumerate(Path(file).read_text().splitlines(), start=1) if re.search(r"[0-9_]{1000}", text)]
-    return f"{file}:{long[0] if long else 1}: a number has too many digits; the largest whole number is {LARGEST_INTEGER}"
-
-
-def explain_syntax(file: str, text: str, complaint: str) -> str:
-    """tomllib's complaint with our place; a key that stands twice is named with both lines."""
+def explain_syntax(text: str, complaint: str) -> str:
+    """The line and what is wrong with it, in tomllib's words; a key that stands twice is named with both lines."""
+    lines = text.split("\n")
     if any(word in complaint for word in ("overwrite", "twice", "uplicate", "mutate")):
         found = find_lines(text)
         for path, line in found.repeated:
             name = ".".join(map(str, path))
-            what = f"section [{name}]" if text.splitlines()[line - 1].lstrip().startswith("[") else f"key '{name}'"
-            return f"{file}:{line}: {what} is given twice, first in line {found.lines[path]}; keep one"
-    position = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)", complaint)
-    line = int(position[1]) if position and position[1] else text.count("\n") + 1
-    words = complaint[: position.start()] if position else complaint
+            what = f"section [{name}]" if lines[line - 1].lstrip().startswith("[") else f"key '{name}'"
+            return f"{line}: {what} is given twice, first in line {found.lines[path]}; keep one"
+    position = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)", complaint)
+    if position is None:  # Python's own limit on the digits of a number, which is no TOML error
+        line = next((number for number, source in enumerate(lines, start=1) if re.search(r"[0-9_]{1000}", source)), 1)
+        return f"{line}: a number has too many digits; the largest whole number is {LARGEST_INTEGER}"
+    line, words = int(position[1] or len(text.rstrip().split("\n"))), complaint[: position.start()]
+    if not position[1]:
+        return f"{line}: not valid TOML: the file ends before {show_value(lines[line - 1].strip())} is complete; close its bracket or quotes"
     hint = next((f"; {hint}" for fragment, hint in SYNTAX_HINTS.items() if fragment in words.lower()), "")
-    source = (text.splitlines() or [""])[min(line, len(text.splitlines()) or 1) - 1].strip()
-    return f"{file}:{line}: not valid TOML: {words[:1].lower() + words[1:]} in {show_value(source)}{hint}"
+    return f"{line}: not valid TOML: {words[:1].lower() + words[1:]} in {show_value(lines[line - 1].strip())}{hint}"
 
 
 def suggest_file(file: str) -> str:

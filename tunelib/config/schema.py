@@ -173,7 +173,7 @@ class Optimizer:
     """The optimizer; norms and biases get no weight decay."""
 
     name: Literal["AdamW", "SGD"] = "AdamW"
-    """Which optimizer, in torch's fused implementation."""
+    """Which optimizer; AdamW is torch's fused one."""
     lr: Positive = 3e-4
     """The learning rate that warmup rises to."""
     beta1: Annotated[float, Bounds(minimum=0, maximum=0.999999)] = 0.9

@@ -66,23 +66,21 @@ class Scanner:
         names = self.read_key()
         self.expect("]" * brackets)
         outer = self.in_newest((), names[:-1])
-        self.note_outer(outer, line)
         table = (*outer, names[-1])
         if brackets == 2:
-            self.found.lines.setdefault(table, line)
             self.list_lengths[table] = self.list_lengths.get(table, 0) + 1
             table = (*table, self.list_lengths[table] - 1)
         elif table in self.headers:
             self.found.repeated.append((table, line))
         self.headers.add(table)
-        self.found.lines.setdefault(table, line)
+        self.note(table, line)
         return table
 
     def read_pair(self, table: Path) -> None:
         line = self.line()
         path = (*table, *self.read_key())
-        for depth in range(len(table) + 1, len(path)):
-            self.found.lines.setdefault(path[:depth], line)
+        if path in self.found.lines:
+            self.found.repeated.append((path, line))
         self.note(path, line)
         self.expect("=")
         self.read_value(path)
@@ -140,11 +138,7 @@ class Scanner:
         return path
 
     def note(self, path: Path, line: int) -> None:
-        if path in self.found.lines:
-            self.found.repeated.append((path, line))
-        self.found.lines.setdefault(path, line)
-
-    def note_outer(self, path: Path, line: int) -> None:
+        """The line of a path and of what is around it, where they stand for the first time."""
         for depth in range(1, len(path) + 1):
             self.found.lines.setdefault(path[:depth], line)
 

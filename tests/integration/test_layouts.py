@@ -1,0 +1,79 @@
+"""Law 2: one TOML on one and on two processes is the same training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run, run_processes, write_chats, write_toml
+
+# fp32: two summation orders. float64: what is left is the law itself.
+FP32_RELATIVE, FLOAT64_RELATIVE = 1e-5, 1e-9
+
+CASES = {
+    "fp32": [],
+    "float64": ["--training.dtype", "float64"],
+    "accumulation": ["--training.dtype", "float64", "--training.local_batch_size", "1"],
+    "unpacked": ["--training.dtype", "float64", "--dataset.no-packing"],
+    "never_reshard": ["--training.dtype", "float64", "--parallelism.fsdp_reshard_after_forward", "never"],
+    "sgd": ["--training.dtype", "float64", "--optimizer.name", "SGD", "--optimizer.momentum", "0.9", "--optimizer.lr", "0.1"],
+    "tied": ["--training.dtype", "float64", "--model.tie_word_embeddings"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Run]:
+    """Every case on one and on two processes."""
+    folder = tmp_path_factory.mktemp("layouts")
+    data = write_chats(folder / "chats.jsonl", 300)
+    extra = '[validation]\nenable = true\nfraction = 0.1\nfreq = 10\nprompts = ["say sage"]\nmax_new_tokens = 4\n'
+    toml = write_toml(folder / "tiny.toml", data, extra)
+    for world_size in (1, 2):
+        words = [
+            [str(toml), "--job.dump_folder", str(folder / f"{name}-{world_size}"), "--training.steps", "20", "--lr_scheduler.warmup_steps", "3", *case]
+            for name, case in CASES.items()
+        ]
+        run_processes(words, world_size)
+    return {(name, world_size): Run(folder / f"{name}-{world_size}") for name in CASES for world_size in (1, 2)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(runs: dict[tuple[str, int], Run], case: str) -> None:
+    one, two = runs[case, 1], runs[case, 2]
+    tolerance = FP32_RELATIVE if case == "fp32" else FLOAT64_RELATIVE
+    for name in ("loss", "grad_norm", "validation_loss"):
+        expected, found = one.series(name), two.series(name)
+        assert len(expected) == (3 if name == "validation_loss" else 20)
+        assert found == pytest.approx(expected, rel=tolerance), name
+    assert one.series("loss")[-1] < 0.9 * one.series("loss")[0], "nothing was learned, so nothing was compared"
+    assert two.series("tokens") == one.series("tokens")
+    assert two.samples() == one.samples()
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "fp32"])
+def test_two_processes_end_with_the_same_weights(runs: dict[tuple[str, int], Run], case: str) -> None:
+    one, two = runs[case, 1].weights(), runs[case, 2].weights()
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert weight.dtype == torch.float64
+        assert torch.linalg.norm(two[name] - weight) <= FLOAT64_RELATIVE * torch.linalg.norm(weight), name
+
+
+def test_micro_batches_do_not_change_training(runs: dict[tuple[str, int], Run]) -> None:
+    assert runs["accumulation", 1].series("loss") == pytest.approx(runs["float64", 1].series("loss"), rel=FLOAT64_RELATIVE)
+    for name, weight in runs["float64", 1].weights().items():
+        assert torch.linalg.norm(runs["accumulation", 2].weights()[name] - weight) <= FLOAT64_RELATIVE * torch.linalg.norm(weight)
+
+
+def test_rows_hold_uneven_numbers_of_trained_tokens(tmp_path: Path) -> None:
+    """The cases above would not notice a mean of means if all rows trained as many tokens."""
+    from tunelib.config.schema import Dataset
+    from tunelib.data.index import build_index
+    from tunelib.data.packing import plan_epoch
+    from tunelib.data.tokenizer import Tokenizer
+
+    from conftest import TOKENIZER
+
+    index = build_index(write_chats(tmp_path / "chats.jsonl", 300), Dataset(), 128, Tokenizer(TOKENIZER), 512)
+    plan = plan_epoch(index.lengths, 128, True, 0, 0)
+    trained = [int(index.num_trained[plan.row(row)].sum()) for row in range(8)]
+    assert max(trained) > 1.5 * min(trained)

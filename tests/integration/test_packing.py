@@ -1,0 +1,38 @@
+"""Packed and unpacked rows of the same documents are the same training: nothing leaks from one document to the next."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TOKENIZER, Run, write_chats, write_toml
+
+from tunelib.config.schema import Dataset
+from tunelib.data.index import build_index
+from tunelib.data.packing import plan_epoch
+from tunelib.data.tokenizer import Tokenizer
+
+NUM_DOCUMENTS, SEQ_LEN = 24, 128
+
+
+def test_packed_and_unpacked_training_of_the_same_documents_agree(train: Callable[..., Run], tmp_path: Path) -> None:
+    """The global batch is the whole data set in both, so that every step trains the same tokens."""
+    data = write_chats(tmp_path / "chats.jsonl", NUM_DOCUMENTS)
+    toml = write_toml(tmp_path / "tiny.toml", data, "")
+    index = build_index(data, Dataset(), SEQ_LEN, Tokenizer(TOKENIZER), 512)
+    num_rows = {len(plan_epoch(index.lengths, SEQ_LEN, True, 0, epoch)) for epoch in range(6)}
+    assert len(num_rows) == 1, "every epoch must fill one step exactly"
+    assert num_rows.pop() < NUM_DOCUMENTS / 2, "rows must hold several documents"
+    common = ["--training.steps", "6", "--training.local_batch_size", "1"]
+    packed = train(toml, *common, "--training.global_batch_size", str(len(plan_epoch(index.lengths, SEQ_LEN, True, 0, 0))))
+    unpacked = train(toml, *common, "--training.global_batch_size", str(NUM_DOCUMENTS), "--dataset.no-packing")
+    assert packed.series("tokens") == unpacked.series("tokens")
+    assert packed.series("loss") == pytest.approx(unpacked.series("loss"), rel=1e-5)
+    assert packed.series("grad_norm") == pytest.approx(unpacked.series("grad_norm"), rel=1e-5)
+    assert packed.series("loss")[-1] < 0.9 * packed.series("loss")[0]
+
+
+def test_packed_and_unpacked_validation_agree(train: Callable[..., Run], tmp_path: Path) -> None:
+    data = write_chats(tmp_path / "chats.jsonl", 100)
+    toml = write_toml(tmp_path / "tiny.toml", data, f'[validation]\nenable = true\npath = "{data}"\n')
+    packed, unpacked = (train(toml, "--training.steps", "1", *words) for words in ([], ["--dataset.no-packing"]))
+    assert packed.series("validation_loss")[0] == pytest.approx(unpacked.series("validation_loss")[0], rel=1e-5)

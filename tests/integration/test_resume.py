@@ -1,0 +1,197 @@
+"""Law 3: a run that was stopped and resumed equals the run that never stopped; and what decides how a run begins."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Run, run_processes, write_chats, write_toml
+
+from tunelib.errors import CheckpointError
+
+KEEP_SAVING = """
+[checkpoint]
+enable_checkpoint = true
+interval = 4
+[lr_scheduler]
+warmup_steps = 4
+decay_type = "cosine"
+[validation]
+enable = true
+fraction = 0.1
+freq = 8
+"""
+STEPS = ["--training.steps", "16"]
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    return write_toml(tmp_path / "tiny.toml", write_chats(tmp_path / "chats.jsonl", 200), KEEP_SAVING)
+
+
+def run_and_kill(words: list[str], world_size: int, folder: Path, step: int) -> None:
+    """Start a run and SIGKILL all its processes as soon as a step is committed."""
+    slow_down = "import time, train; step = train.train_step; train.train_step = lambda *a: (time.sleep(0.15), step(*a))[1]; train.main({!r})"
+    probe_port = 20000 + os.getpid() % 20000
+    environment = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe_port), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", slow_down.format(words)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "checkpoint" / f"step-{step}").exists():
+            assert time.monotonic() < deadline, "no checkpoint within two minutes"
+            assert all(worker.poll() is None for worker in workers), workers[0].communicate()[1]
+            time.sleep(0.02)
+    finally:
+        for worker in workers:
+            worker.send_signal(signal.SIGKILL)
+            worker.communicate()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_killed_and_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path: Path, toml: Path, world_size: int) -> None:
+    whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")
+    run_and_kill([str(toml), *STEPS, "--job.dump_folder", str(cut.folder)], world_size, cut.folder, step=8)
+    assert len(cut.series("loss")) < 16, "it was not interrupted"
+    run_processes([[str(toml), *STEPS, "--job.dump_folder", str(run.folder)] for run in (whole, cut)], world_size)
+    for name in ("loss", "grad_norm", "lr", "validation_loss", "tokens", "epoch"):
+        assert cut.series(name) == whole.series(name), name
+    expected, found = whole.weights(), cut.weights()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_resume_on_another_number_of_processes_is_the_same_training(tmp_path: Path, toml: Path, before: int, after: int) -> None:
+    whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")
+    precise = [*STEPS, "--training.dtype", "float64"]
+    run_processes([[str(toml), *precise, "--job.dump_folder", str(whole.folder)]], before)
+    run_and_kill([str(toml), *precise, "--job.dump_folder", str(cut.folder)], before, cut.folder, step=8)
+    run_processes([[str(toml), *precise, "--job.dump_folder", str(cut.folder)]], after)
+    for name in ("loss", "grad_norm", "validation_loss"):
+        assert cut.series(name) == pytest.approx(whole.series(name), rel=1e-9), name
+    found = cut.weights()
+    for name, weight in whole.weights().items():
+        assert torch.linalg.norm(found[name] - weight) <= 1e-9 * torch.linalg.norm(weight), name
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(train: Callable[..., Run], toml: Path, capsys: pytest.CaptureFixture) -> None:
+    run = train(toml, *STEPS)
+    expected = run.series("loss")
+    path = next((run.folder / "checkpoint/step-16").glob("*.distcp"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    capsys.readouterr()
+    train(toml, *STEPS, folder=run.folder)
+    first_line = capsys.readouterr().out.split("\n")[0]
+    assert first_line.startswith("resuming after step 12")
+    assert path.name in first_line
+    assert "step-16.damaged-0" in first_line
+    assert run.series("loss") == expected
+
+
+def test_finished_run_says_how_to_extend_it_and_is_extended(train: Callable[..., Run], toml: Path, capsys: pytest.CaptureFixture) -> None:
+    run = train(toml, "--training.steps", "6")
+    capsys.readouterr()
+    train(toml, "--training.steps", "6", folder=run.folder)
+    assert "extend it with a larger --training.steps (now 6)" in capsys.readouterr().out
+    train(toml, "--training.steps", "8", folder=run.folder)
+    assert [row["step"] for row in run.rows() if "loss" in row] == list(range(1, 9))
+
+
+def test_going_back_sets_later_steps_aside_and_a_restart_takes_the_newest(train: Callable[..., Run], toml: Path, capsys: pytest.CaptureFixture) -> None:
+    run = train(toml, *STEPS)
+    back = [*STEPS, "--checkpoint.load_step", "8"]
+    train(toml, *back, folder=run.folder)
+    names = sorted(path.name for path in (run.folder / "checkpoint").iterdir())
+    assert names == ["step-12", "step-12.superseded-0", "step-16", "step-16.superseded-0", "step-4", "step-8"]
+    capsys.readouterr()
+    train(toml, *back, folder=run.folder)
+    assert capsys.readouterr().out.startswith("resuming after step 16")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--dataset.train_on", "all"], "dataset.train_on"),
+        (["--training.seq_len", "64"], "training.seq_len"),
+        (["--training.seed", "1"], "training.seed"),
+        (["--training.global_batch_size", "4"], "training.global_batch_size"),
+        (["--dataset.no-packing"], "dataset.packing"),
+        (["--model.hidden_size", "64"], "model"),
+        (["--optimizer.name", "SGD"], "optimizer.name"),
+        (["--validation.fraction", "0.2"], "validation.fraction"),
+    ],
+)
+def test_resume_of_another_run_stops_by_name(train: Callable[..., Run], toml: Path, words: list[str], named: str) -> None:
+    run = train(toml, "--training.steps", "2")
+    with pytest.raises(CheckpointError, match=f"changed:\n(.*\n)*  {named}"):
+        train(toml, "--training.steps", "4", *words, folder=run.folder)
+
+
+def test_changed_data_or_initial_weights_stop_the_resume_by_name(train: Callable[..., Run], toml: Path, tmp_path: Path) -> None:
+    run = train(toml, "--training.steps", "2")
+    other = tmp_path / "without-model.toml"
+    other.write_text(toml.read_text().replace("hidden_size = 32", "").replace("intermediate_size = 64", "").replace("num_hidden_layers = 2", ""))
+    other.write_text(other.read_text().replace("num_attention_heads = 4", "").replace("num_key_value_heads = 2", ""))
+    with pytest.raises(CheckpointError, match=r"  checkpoint\.initial_load_path: '' then"):
+        train(other, "--training.steps", "4", "--checkpoint.initial_load_path", str(run.folder / "export"), folder=run.folder)
+    write_chats(tmp_path / "chats.jsonl", 201)
+    with pytest.raises(CheckpointError, match="  file: "):
+        train(toml, "--training.steps", "4", folder=run.folder)
+
+
+def test_resume_must_and_never(train: Callable[..., Run], toml: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(CheckpointError, match="resume is 'must'"):
+        train(toml, "--training.steps", "2", "--checkpoint.resume", "must")
+    run = train(toml, "--training.steps", "2")
+    capsys.readouterr()
+    train(toml, "--training.steps", "2", "--checkpoint.resume", "never", folder=run.folder)
+    assert capsys.readouterr().out.startswith("starting fresh: checkpoint.resume is 'never'; 1 old checkpoints set aside")
+    assert (run.folder / "checkpoint/step-2.superseded-0").is_dir()
+
+
+def test_model_only_last_checkpoint_is_passed_over_on_resume(train: Callable[..., Run], toml: Path, capsys: pytest.CaptureFixture) -> None:
+    run = train(toml, "--training.steps", "6", "--checkpoint.model_weights_only", "--checkpoint.export_dtype", "bfloat16")
+    manifest = json.loads((run.folder / "checkpoint/step-6/manifest.json").read_text())
+    assert manifest["kind"] == "model"
+    capsys.readouterr()
+    train(toml, "--training.steps", "8", folder=run.folder)
+    assert capsys.readouterr().out.startswith("resuming after step 4: the newest good checkpoint; step 6 holds model weights only")
+    assert run.series("loss") == train(toml, "--training.steps", "8").series("loss")[:4] + run.series("loss")[4:]
+
+
+def test_seed_checkpoint_gives_any_layout_its_weights(tmp_path: Path, toml: Path, train: Callable[..., Run]) -> None:
+    run = train(toml, *STEPS, "--checkpoint.create_seed_checkpoint", "--training.seed", "7")
+    assert sorted(path.name for path in (run.folder / "checkpoint").iterdir()) == ["step-0"]
+    run_processes([[str(toml), *STEPS, "--training.dtype", "float64", "--job.dump_folder", str(run.folder)]], 2)
+    drawn = train(toml, *STEPS, "--training.dtype", "float64", "--training.seed", "7")
+    first = [row for row in run.rows() if "validation_loss" in row][0]
+    # The seed's weights were stored in float32, as drawn; only the order of the data differs, which validation does not see.
+    assert first["validation_loss"] == pytest.approx(drawn.series("validation_loss")[0], rel=1e-9)
+
+
+def test_weights_start_from_any_checkpoint_of_ours(train: Callable[..., Run], toml: Path, tmp_path: Path) -> None:
+    run = train(toml, "--training.steps", "4")
+    tokenizer = [line for line in toml.read_text().splitlines() if line.startswith("tokenizer_path")][0]
+    data = [line for line in toml.read_text().splitlines() if line.startswith("path")][0]
+    other = tmp_path / "from.toml"
+    other.write_text(f"[model]\n{tokenizer}\n[dataset]\n{data}\n[training]\nseq_len = 128\nsteps = 1\n[validation]\nenable = true\nfraction = 0.1\n")
+    for path in (run.folder / "checkpoint/step-4", run.folder / "export"):
+        again = train(other, "--checkpoint.initial_load_path", str(path))
+        assert again.series("validation_loss")[0] == run.series("validation_loss")[-1]
