@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TOKENIZER = ROOT / "train_configs/assets/debug/tokenizer"
 
-WORDS = "amber basil cedar delta ember fjord glade heron iris juniper kelp lotus maple nectar onyx pearl quartz river sage tulip".split()
+WORDS = ["amber", "basil", "cedar", "delta", "ember", "fjord", "glade", "heron", "iris", "juniper", "kelp", "lotus", "maple", "onyx", "sage", "tulip"]
 
 
 def write_chats(path: Path, count: int, seed: int = 0) -> Path:
@@ -87,7 +87,9 @@ def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240) -
     command = [sys.executable, "-W", "error", str(ROOT / "tests/integration/worker.py"), json.dumps([cases, ports])]
     common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     workers = [
-        subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for rank in range(world_size)
     ]
     try:
@@ -109,8 +111,11 @@ def _free_port() -> int:
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., Run]:
     """Run train.py's main in this process: ``train(toml, *words, folder=None)``."""
+    import torch
+
     import train as program
 
+    torch.set_num_threads(1)  # the models are so small that a second thread only waits
     count = 0
 
     def run(toml: Path, *words: str, folder: Path | None = None) -> Run:

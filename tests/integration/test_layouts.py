@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, run_processes, write_chats, write_toml
+from conftest import TOKENIZER, Run, run_processes, write_chats, write_toml
+
+from tunelib.config.schema import Dataset
+from tunelib.data.index import build_index
+from tunelib.data.packing import plan_epoch
+from tunelib.data.tokenizer import Tokenizer
 
 # fp32: two summation orders. float64: what is left is the law itself.
 FP32_RELATIVE, FLOAT64_RELATIVE = 1e-5, 1e-9
@@ -29,7 +34,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Run]
     toml = write_toml(folder / "tiny.toml", data, extra)
     for world_size in (1, 2):
         words = [
-            [str(toml), "--job.dump_folder", str(folder / f"{name}-{world_size}"), "--training.steps", "20", "--lr_scheduler.warmup_steps", "3", *case]
+            [
+                str(toml),
+                "--job.dump_folder",
+                str(folder / f"{name}-{world_size}"),
+                "--training.steps",
+                "20",
+                "--lr_scheduler.warmup_steps",
+                "3",
+                *case,
+            ]
             for name, case in CASES.items()
         ]
         run_processes(words, world_size)
@@ -66,14 +80,7 @@ def test_micro_batches_do_not_change_training(runs: dict[tuple[str, int], Run]) 
 
 def test_rows_hold_uneven_numbers_of_trained_tokens(tmp_path: Path) -> None:
     """The cases above would not notice a mean of means if all rows trained as many tokens."""
-    from tunelib.config.schema import Dataset
-    from tunelib.data.index import build_index
-    from tunelib.data.packing import plan_epoch
-    from tunelib.data.tokenizer import Tokenizer
-
-    from conftest import TOKENIZER
-
-    index = build_index(write_chats(tmp_path / "chats.jsonl", 300), Dataset(), 128, Tokenizer(TOKENIZER), 512)
+    index = build_index(write_chats(tmp_path / "chats.jsonl", 300), Dataset(), 128, Tokenizer(TOKENIZER), 1024)
     plan = plan_epoch(index.lengths, 128, True, 0, 0)
     trained = [int(index.num_trained[plan.row(row)].sum()) for row in range(8)]
     assert max(trained) > 1.5 * min(trained)

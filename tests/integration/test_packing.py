@@ -18,7 +18,7 @@ def test_packed_and_unpacked_training_of_the_same_documents_agree(train: Callabl
     """The global batch is the whole data set in both, so that every step trains the same tokens."""
     data = write_chats(tmp_path / "chats.jsonl", NUM_DOCUMENTS)
     toml = write_toml(tmp_path / "tiny.toml", data, "")
-    index = build_index(data, Dataset(), SEQ_LEN, Tokenizer(TOKENIZER), 512)
+    index = build_index(data, Dataset(), SEQ_LEN, Tokenizer(TOKENIZER), 1024)
     num_rows = {len(plan_epoch(index.lengths, SEQ_LEN, True, 0, epoch)) for epoch in range(6)}
     assert len(num_rows) == 1, "every epoch must fill one step exactly"
     assert num_rows.pop() < NUM_DOCUMENTS / 2, "rows must hold several documents"

@@ -114,7 +114,9 @@ def test_finished_run_says_how_to_extend_it_and_is_extended(train: Callable[...,
     assert [row["step"] for row in run.rows() if "loss" in row] == list(range(1, 9))
 
 
-def test_going_back_sets_later_steps_aside_and_a_restart_takes_the_newest(train: Callable[..., Run], toml: Path, capsys: pytest.CaptureFixture) -> None:
+def test_going_back_sets_later_steps_aside_and_a_restart_takes_the_newest(
+    train: Callable[..., Run], toml: Path, capsys: pytest.CaptureFixture
+) -> None:
     run = train(toml, *STEPS)
     back = [*STEPS, "--checkpoint.load_step", "8"]
     train(toml, *back, folder=run.folder)
@@ -181,15 +183,15 @@ def test_seed_checkpoint_gives_any_layout_its_weights(tmp_path: Path, toml: Path
     assert sorted(path.name for path in (run.folder / "checkpoint").iterdir()) == ["step-0"]
     run_processes([[str(toml), *STEPS, "--training.dtype", "float64", "--job.dump_folder", str(run.folder)]], 2)
     drawn = train(toml, *STEPS, "--training.dtype", "float64", "--training.seed", "7")
-    first = [row for row in run.rows() if "validation_loss" in row][0]
+    first = next(row for row in run.rows() if "validation_loss" in row)
     # The seed's weights were stored in float32, as drawn; only the order of the data differs, which validation does not see.
     assert first["validation_loss"] == pytest.approx(drawn.series("validation_loss")[0], rel=1e-9)
 
 
 def test_weights_start_from_any_checkpoint_of_ours(train: Callable[..., Run], toml: Path, tmp_path: Path) -> None:
     run = train(toml, "--training.steps", "4")
-    tokenizer = [line for line in toml.read_text().splitlines() if line.startswith("tokenizer_path")][0]
-    data = [line for line in toml.read_text().splitlines() if line.startswith("path")][0]
+    tokenizer = next(line for line in toml.read_text().splitlines() if line.startswith("tokenizer_path"))
+    data = next(line for line in toml.read_text().splitlines() if line.startswith("path"))
     other = tmp_path / "from.toml"
     other.write_text(f"[model]\n{tokenizer}\n[dataset]\n{data}\n[training]\nseq_len = 128\nsteps = 1\n[validation]\nenable = true\nfraction = 0.1\n")
     for path in (run.folder / "checkpoint/step-4", run.folder / "export"):

@@ -59,17 +59,12 @@ def split_flags(words: list[str]) -> tuple[list[Flag], list[str]]:
     flags: list[Flag] = []
     strays: list[str] = []
     for word in words:
-        if is_flag(word):
-            name, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
             flags.append(Flag(name, [value] if equals else [], bool(equals)))
         else:
             (flags[-1].words if flags else strays).append(word)
     return flags, strays
-
-
-def is_flag(word: str) -> bool:
-    """A word that starts a flag: two dashes, or one that no number follows."""
-    return word.startswith("--") or (word.startswith("-") and len(word) > 1 and word[1].isalpha() and word not in ("-inf", "-nan"))
 
 
 def read_flag(flag: Flag, found: CommandLine) -> None:
@@ -77,9 +72,9 @@ def read_flag(flag: Flag, found: CommandLine) -> None:
     key = RENAMED.get(name, name)
     schema_field = FIELDS.get(key)
     if schema_field is None:
-        value = flag.words[0] if len(flag.words) == 1 else tuple(flag.words) or True
+        stranger = flag.words[0] if len(flag.words) == 1 else tuple(flag.words) or True
         section, _, name = flag.name.rpartition(".")
-        found.problems.append(explain_stranger(section, name, value, "command line", str(flag)))
+        found.problems.append(explain_stranger(section, name, stranger, "command line", str(flag)))
         return
     if name in RENAMED:
         found.notices.append(f"command line: --{flag.name} is an older spelling of {schema_field.flag}, which was set")
@@ -87,7 +82,7 @@ def read_flag(flag: Flag, found: CommandLine) -> None:
     if problem:
         found.problems.append(Problem(f"command line: {flag}: {problem}", (key,)))
         return
-    value = (not negated) if not flag.words and schema_field.kind == "bool" else parse_words(schema_field, flag.words)
+    value: object = (not negated) if not flag.words and schema_field.kind == "bool" else parse_words(schema_field, flag.words)
     fault = find_fault(schema_field, value)
     if fault:
         found.problems.append(Problem(f"command line: {flag}: {fault}", (key,)))

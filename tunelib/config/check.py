@@ -42,7 +42,7 @@ class Checked:
 
 def find_conflicts(checked: Checked, broken: set[str]) -> list[str]:
     """Every broken relation, as messages."""
-    messages = []
+    messages: list[str] = []
     for reads, find in RELATIONS:
         if not any(key == read or (read.endswith(".") and key.startswith(read)) for key in broken for read in reads):
             messages += find(checked)

@@ -63,7 +63,7 @@ class Effects:
     @property
     def notices(self) -> list[str]:
         """One line per cause."""
-        causes = {(str(cause), why): [] for cause, _, why in self.dropped}
+        causes: dict[tuple[str, str], list[str]] = {(str(cause), why): [] for cause, _, why in self.dropped}
         for cause, gone, why in self.dropped:
             causes[str(cause), why].append(f"{gone.key} ({gone.origin})")
         return [f"{cause}: {why} {', '.join(gone)}" for (cause, why), gone in causes.items()]

@@ -6,6 +6,7 @@ The layers are default < base < file < command line. Everything that is wrong is
 import os
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import tyro
 
@@ -90,13 +91,12 @@ def build_config(settings: dict[str, Setting]) -> Config:
 
 def fill_config(values: dict[str, object]) -> Config:
     """A Config with these values by dotted key, and defaults elsewhere."""
-    config = Config()
-    built: dict[str, object] = {}
+    built: dict[str, Any] = {}
     for section in reversed(SECTIONS):  # inner sections before the outer ones that hold them
         inner = {name.rpartition(".")[2]: value for name, value in built.items() if name.rpartition(".")[0] == section}
         own = {field.name: values[key] for key, field in FIELDS.items() if field.section == section and key in values}
         built[section] = SECTIONS[section](**own, **inner)
-    return replace(config, **{name: value for name, value in built.items() if "." not in name})
+    return replace(Config(), **{name: value for name, value in built.items() if "." not in name})
 
 
 def print_help(settings: dict[str, Setting]) -> None:

@@ -1,0 +1,584 @@
+"""No setting without effect: every field of the schema has a case that shows what it changes (law 5).
+
+A case is a function registered with the keys that it is for. It uses a lab, which runs tiny trainings, and asserts on something
+that a person or another program could see: a file, a number, a message, the state of torch.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import TOKENIZER, Run, run_processes, write_chats, write_toml
+from torch.distributed.tensor import DTensor
+
+from tunelib.config import Config, load_config, resolve_dump_folder
+from tunelib.data.tokenizer import Tokenizer
+from tunelib.errors import CheckpointError, ConfigError, DataError, FormatError
+
+Check = Callable[["Lab"], None]
+CASES: dict[str, Check] = {}
+
+
+def shows(*keys: str) -> Callable[[Check], Check]:
+    """Register a case for settings."""
+
+    def register(check: Check) -> Check:
+        for key in keys:
+            assert key not in CASES
+            CASES[key] = check
+        return check
+
+    return register
+
+
+def field_keys(section: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a dataclass of settings."""
+    for field in dataclasses.fields(section):
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            yield from field_keys(type(default), f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+@dataclasses.dataclass
+class Lab:
+    """Tiny runs of three steps, the plain one made once."""
+
+    folder: Path
+    train: Callable[..., Run]
+    read_output: Callable[[], str]
+    shared: dict[str, Run]
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "chats.jsonl"
+
+    @property
+    def toml(self) -> Path:
+        return self.folder / "tiny.toml"
+
+    def run(self, *words: str, folder: Path | None = None) -> Run:
+        """Three steps of the plain config with these words."""
+        steps = [] if any(word.startswith(("--training.steps", "--training.epochs")) for word in words) else ["--training.steps", "3"]
+        return self.train(self.toml, *steps, *words, folder=folder)
+
+    def plain(self, *words: str) -> Run:
+        """The same run as `run`, made once for all cases."""
+        key = " ".join(words)
+        if key not in self.shared:
+            self.shared[key] = self.run(*words, folder=self.folder / f"plain-{len(self.shared)}")
+        return self.shared[key]
+
+    def refusal(self, *words: str, world_size: int = 1) -> str:
+        """What the config check says against these words."""
+        with pytest.raises(ConfigError) as error:
+            load_config([str(self.toml), "--training.steps", "3", *words], world_size=world_size)
+        return str(error.value)
+
+    def changes(self, column: str, *words: str, given: tuple[str, ...] = ()) -> None:
+        """Assert that a column of metrics.jsonl is another one with these words."""
+        plain, changed = self.plain(*given).series(column), self.run(*given, *words).series(column)
+        assert len(plain) > 0
+        assert plain != changed, f"{words} left {column} as it was"
+
+
+@pytest.fixture(scope="module")
+def shared() -> dict[str, Run]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def lab_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("settings")
+    write_toml(folder / "tiny.toml", write_chats(folder / "chats.jsonl", 60))
+    return folder
+
+
+@pytest.fixture
+def lab(lab_folder: Path, train: Callable[..., Run], capsys: pytest.CaptureFixture, shared: dict[str, Run]) -> Lab:
+    return Lab(lab_folder, train, lambda: capsys.readouterr().out, shared)
+
+
+def test_every_setting_has_a_case() -> None:
+    assert sorted(CASES) == sorted(field_keys(Config))
+
+
+@pytest.mark.parametrize("key", sorted(field_keys(Config)))
+def test_setting_has_an_effect(lab: Lab, key: str) -> None:
+    assert key in CASES, f"{key} has no case: nothing shows that it does anything"
+    CASES[key](lab)
+
+
+def export_config(run: Run) -> dict[str, Any]:
+    return json.loads((run.folder / "export/config.json").read_text())
+
+
+def steps_saved(run: Run) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run.folder / "checkpoint").iterdir())
+
+
+# [job]
+
+
+@shows("job.config_file", "job.dump_folder")
+def _(lab: Lab) -> None:
+    named = load_config([str(lab.toml), "--training.steps", "1"])
+    assert resolve_dump_folder(named.config) == Path.cwd() / "outputs/tiny"
+    assert (lab.run(folder=lab.folder / "elsewhere").folder / "metrics.jsonl").is_file()
+
+
+@shows("job.description")
+def _(lab: Lab) -> None:
+    lab.run("--job.description", "a line with = and spaces")
+    assert "a line with = and spaces" in lab.read_output()
+
+
+# [model]
+
+
+@shows("model.flavor")
+def _(lab: Lab) -> None:
+    run = lab.run("--model.flavor", "smollm2-135m", "--model.num_hidden_layers", "1")
+    assert export_config(run)["rope_theta"] == 100000.0
+    assert export_config(run)["hidden_size"] == 32, "a field replaces the size's"
+
+
+@shows("model.tokenizer_path")
+def _(lab: Lab) -> None:
+    with pytest.raises(DataError, match=r"has no tokenizer\.json"):
+        lab.run("--model.tokenizer_path", str(lab.folder))
+
+
+@shows(*(f"model.{name}" for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim")))
+def _(lab: Lab) -> None:
+    words = {"vocab_size": 1100, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 16}
+    run = lab.run(*(word for name, value in words.items() for word in (f"--model.{name}", str(value))))
+    assert export_config(run).items() >= words.items()
+    shapes = {name: tuple(weight.shape) for name, weight in run.weights().items()}
+    assert shapes["model.embed_tokens.weight"] == (1100, 48)
+    assert shapes["model.layers.2.mlp.up_proj.weight"] == (40, 48)
+    assert shapes["model.layers.2.self_attn.q_proj.weight"] == (64, 48)
+    assert shapes["model.layers.2.self_attn.k_proj.weight"] == (16, 48)
+
+
+@shows("model.num_attention_heads")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--model.num_attention_heads", "2")
+
+
+@shows("model.max_position_embeddings")
+def _(lab: Lab) -> None:
+    assert export_config(lab.run("--model.max_position_embeddings", "300"))["max_position_embeddings"] == 300
+
+
+@shows("model.rms_norm_eps")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--model.rms_norm_eps", "0.01")
+
+
+@shows("model.rope_theta")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--model.rope_theta", "50")
+
+
+@shows("model.tie_word_embeddings")
+def _(lab: Lab) -> None:
+    assert "lm_head.weight" in lab.plain().weights()
+    assert "lm_head.weight" not in lab.run("--model.tie_word_embeddings").weights()
+
+
+@shows("model.initializer_range")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--model.initializer_range", "0.2")
+
+
+STRETCHED = ("--model.rope_scaling.rope_type", "llama3", "--model.rope_scaling.original_max_position_embeddings", "32")
+
+
+@shows("model.rope_scaling.rope_type")
+def _(lab: Lab) -> None:
+    lab.changes("loss", *STRETCHED)
+    assert export_config(lab.plain(*STRETCHED))["rope_scaling"]["rope_type"] == "llama3"
+
+
+@shows("model.rope_scaling.factor")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--model.rope_scaling.factor", "32", given=STRETCHED)
+
+
+@shows("model.rope_scaling.low_freq_factor")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--model.rope_scaling.low_freq_factor", "0.1", given=STRETCHED)
+
+
+@shows("model.rope_scaling.high_freq_factor")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--model.rope_scaling.high_freq_factor", "40", given=STRETCHED)
+
+
+@shows("model.rope_scaling.original_max_position_embeddings")
+def _(lab: Lab) -> None:
+    lab.changes("loss", *STRETCHED[:2], "--model.rope_scaling.original_max_position_embeddings", "64", given=())
+
+
+# [dataset]
+
+
+@shows("dataset.path")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--dataset.path", str(write_chats(lab.folder / "others.jsonl", 60, seed=1)))
+
+
+@shows("dataset.format", "dataset.columns.text")
+def _(lab: Lab) -> None:
+    lines = [{"messages": json.loads(line)["messages"], "body": "a document"} for line in lab.data.read_text().splitlines()]
+    both = lab.folder / "both.jsonl"
+    both.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("--dataset.path", str(both), "--dataset.columns.text", "body")
+    with pytest.raises(DataError, match=r"fit chat and text: set dataset\.format"):
+        lab.run(*words)
+    lab.run(*words, "--dataset.format", "text")
+    assert "120 tokens" not in lab.read_output()
+
+
+def renamed_column(lab: Lab, rows: list[dict[str, Any]], key: str, name: str) -> None:
+    """Rows whose column is called ``name`` are read only with the setting."""
+    path = lab.folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"dataset\.columns for other names"):
+        lab.run("--dataset.path", str(path))
+    lab.run("--dataset.path", str(path), f"--dataset.columns.{key}", name)
+
+
+@shows("dataset.columns.messages")
+def _(lab: Lab) -> None:
+    renamed_column(lab, [{"talk": json.loads(line)["messages"]} for line in lab.data.read_text().splitlines()], "messages", "talk")
+
+
+@shows("dataset.columns.instruction")
+def _(lab: Lab) -> None:
+    renamed_column(lab, [{"ask": f"say {n}", "output": str(n)} for n in range(60)], "instruction", "ask")
+
+
+@shows("dataset.columns.output")
+def _(lab: Lab) -> None:
+    renamed_column(lab, [{"instruction": f"say {n}", "answer": str(n)} for n in range(60)], "output", "answer")
+
+
+@shows("dataset.columns.input")
+def _(lab: Lab) -> None:
+    path = lab.folder / "material.jsonl"
+    path.write_text("".join(json.dumps({"instruction": "repeat", "material": f"{n} sage", "output": f"{n} sage"}) + "\n" for n in range(60)))
+    without, with_it = (lab.run("--dataset.path", str(path), *words) for words in ([], ["--dataset.columns.input", "material"]))
+    assert with_it.series("tokens")[-1] != without.series("tokens")[-1]
+
+
+@shows("dataset.chat_template")
+def _(lab: Lab) -> None:
+    template = lab.folder / "plain.jinja"
+    template.write_text("{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<|im_end|>\n{% endfor %}")
+    lab.changes("loss", "--dataset.chat_template", str(template))
+
+
+@shows("dataset.train_on")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--dataset.train_on", "all")
+
+
+@shows("dataset.packing")
+def _(lab: Lab) -> None:
+    lab.changes("tokens", "--dataset.no-packing")
+
+
+@shows("dataset.too_long")
+def _(lab: Lab) -> None:
+    with pytest.raises(DataError, match=r"tiny|chats\.jsonl:\d+: \d+ tokens do not fit"):
+        lab.run("--dataset.too_long", "error", "--training.seq_len", "32")
+    lab.changes("tokens", "--dataset.too_long", "drop", given=("--training.seq_len", "32"))
+
+
+# [training]
+
+
+@shows("training.steps")
+def _(lab: Lab) -> None:
+    assert len(lab.run("--training.steps", "2").series("loss")) == 2
+
+
+@shows("training.epochs")
+def _(lab: Lab) -> None:
+    epochs = lab.run("--training.epochs", "2").series("epoch")
+    assert epochs[-2] < 2 <= epochs[-1]
+
+
+@shows("training.global_batch_size")
+def _(lab: Lab) -> None:
+    lab.changes("tokens", "--training.global_batch_size", "4")
+
+
+@shows("training.local_batch_size")
+def _(lab: Lab) -> None:
+    forwards = []
+    from tunelib.model.decoder import Decoder
+
+    original = Decoder.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "forward", lambda self, tokens, *a, **k: (forwards.append(len(tokens)), original(self, tokens, *a, **k))[1])
+        lab.run("--training.local_batch_size", "2")
+    assert forwards == [2] * 12
+
+
+@shows("training.seq_len")
+def _(lab: Lab) -> None:
+    lab.changes("tokens", "--training.seq_len", "64")
+
+
+@shows("training.max_norm")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--training.max_norm", "1e-9")
+    assert lab.plain().series("grad_norm")[0] > 0.1, "what is logged is the norm before clipping"
+
+
+@shows("training.seed")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--training.seed", "5")
+    lab.changes("tokens", "--training.seed", "5")
+
+
+@shows("training.deterministic")
+def _(lab: Lab) -> None:
+    lab.run("--training.deterministic")
+    assert torch.are_deterministic_algorithms_enabled()
+    lab.run()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@shows("training.dtype")
+def _(lab: Lab) -> None:
+    run = lab.run("--training.dtype", "float64")
+    assert {weight.dtype for weight in run.weights().values()} == {torch.float64}
+    assert export_config(run)["dtype"] == "float64"
+
+
+@shows("training.mixed_precision_param")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--training.mixed_precision_param", "bfloat16")
+
+
+@shows("training.mixed_precision_reduce")
+def _(lab: Lab) -> None:
+    names = [lab.folder / "reduce-float32", lab.folder / "reduce-bfloat16"]
+    common = [str(lab.toml), "--training.steps", "3"]
+    run_processes([[*common, "--job.dump_folder", str(n), "--training.mixed_precision_reduce", n.name[7:]] for n in names], 2)
+    exact, rounded = (Run(name).series("grad_norm") for name in names)
+    assert exact != rounded
+    assert exact == pytest.approx(rounded, rel=0.05)
+
+
+# [optimizer]
+
+
+@shows("optimizer.name", "optimizer.momentum")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--optimizer.name", "SGD")
+    lab.changes("loss", "--optimizer.momentum", "0.9", given=("--optimizer.name", "SGD"))
+
+
+@shows("optimizer.lr")
+def _(lab: Lab) -> None:
+    assert lab.run("--optimizer.lr", "0.002").series("lr") == [0.002] * 3
+    lab.changes("loss", "--optimizer.lr", "0.002")
+
+
+@shows("optimizer.beta1")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--optimizer.beta1", "0.1")
+
+
+@shows("optimizer.beta2")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--optimizer.beta2", "0.1")
+
+
+@shows("optimizer.eps")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--optimizer.eps", "1.0")
+
+
+@shows("optimizer.weight_decay")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--optimizer.weight_decay", "10")
+
+
+# [lr_scheduler]
+
+
+@shows("lr_scheduler.warmup_steps")
+def _(lab: Lab) -> None:
+    assert lab.run("--lr_scheduler.warmup_steps", "2").series("lr") == [0.005, 0.01, 0.01]
+
+
+@shows("lr_scheduler.decay_type", "lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor")
+def _(lab: Lab) -> None:
+    linear = ("--lr_scheduler.decay_type", "linear")
+    assert lab.run(*linear).series("lr") == pytest.approx([0.0075, 0.005, 0.0025])
+    assert lab.run(*linear, "--lr_scheduler.decay_ratio", "0.34").series("lr") == pytest.approx([0.01, 0.01, 0.005])
+    assert lab.run(*linear, "--lr_scheduler.min_lr_factor", "0.2").series("lr") == pytest.approx([0.008, 0.006, 0.004])
+
+
+# [parallelism]
+
+
+@shows(*(f"parallelism.{name}_degree" for name in ("data_parallel_replicate", "tensor_parallel", "pipeline_parallel", "context_parallel")))
+def _(lab: Lab) -> None:
+    for name in ("data_parallel_replicate", "tensor_parallel", "pipeline_parallel", "context_parallel"):
+        message = lab.refusal(f"--parallelism.{name}_degree", "2", world_size=2)
+        assert f"parallelism.{name}_degree" in message
+        assert "not built yet" in message
+
+
+@shows("parallelism.data_parallel_shard_degree")
+def _(lab: Lab) -> None:
+    assert "parallelism.data_parallel_shard_degree" in lab.refusal("--parallelism.data_parallel_shard_degree", "4", world_size=2)
+
+
+@shows("parallelism.fsdp_reshard_after_forward")
+def _(lab: Lab) -> None:
+    from tunelib.config.schema import Comm, Parallelism, Training
+    from tunelib.formats.load import find_weights, give_weights
+    from tunelib.model.decoder import build_on_meta
+    from tunelib.parallel.apply import spread_model
+    from tunelib.parallel.mesh import build_layout
+    from tunelib.parallel.runtime import start
+
+    config = load_config([str(lab.toml), "--training.steps", "1"]).config
+    with start(Training(mixed_precision_param="bfloat16"), Comm()) as runtime:
+        for choice, gathered in (("always", False), ("never", True)):
+            section = Parallelism(fsdp_reshard_after_forward=choice)
+            weights = find_weights(config.model, "", 64, 128)
+            model = build_on_meta(weights.config, runtime.param_dtype)
+            spread_model(model, section, build_layout(section, runtime), runtime)
+            give_weights(model, weights, 0)
+            tokens = torch.zeros((1, 4), dtype=torch.int64)
+            model(tokens, torch.arange(4)[None], (4,), labels=tokens)
+            assert isinstance(model.model.layers[0].mlp.up_proj.weight, DTensor) is not gathered
+
+
+# [checkpoint]
+
+SAVING = "--checkpoint.enable_checkpoint"
+
+
+@shows("checkpoint.enable_checkpoint", "checkpoint.folder", "checkpoint.interval")
+def _(lab: Lab) -> None:
+    assert not (lab.plain().folder / "checkpoint").exists()
+    run = lab.run(SAVING, "--checkpoint.interval", "2")
+    assert steps_saved(run) == [2, 3]
+    assert (lab.run(SAVING, "--checkpoint.folder", "states").folder / "states/step-3/manifest.json").is_file()
+
+
+@shows("checkpoint.interval_type")
+def _(lab: Lab) -> None:
+    by_epoch = lab.run("--training.epochs", "3", SAVING, "--checkpoint.interval", "1", "--checkpoint.interval_type", "epochs", "--dataset.no-packing")
+    assert steps_saved(by_epoch) == [8, 15, 23], "60 documents in batches of 8: epochs end in steps 8, 15 and 23"
+    assert steps_saved(lab.run(SAVING, "--checkpoint.interval", "1000", "--checkpoint.interval_type", "seconds")) == [3]
+
+
+@shows("checkpoint.keep_latest_k")
+def _(lab: Lab) -> None:
+    assert steps_saved(lab.run(SAVING, "--checkpoint.interval", "1", "--checkpoint.keep_latest_k", "2")) == [2, 3]
+    assert steps_saved(lab.run(SAVING, "--checkpoint.interval", "1", "--checkpoint.keep_latest_k", "0")) == [1, 2, 3]
+
+
+@shows("checkpoint.load_step", "checkpoint.resume")
+def _(lab: Lab) -> None:
+    run = lab.run(SAVING, "--checkpoint.interval", "1")
+    lab.read_output()
+    lab.run(SAVING, "--checkpoint.interval", "1", "--checkpoint.load_step", "2", folder=run.folder)
+    assert lab.read_output().startswith("resuming after step 2")
+    lab.run(SAVING, "--checkpoint.resume", "never", folder=run.folder)
+    assert lab.read_output().startswith("starting fresh: checkpoint.resume is 'never'")
+    with pytest.raises(CheckpointError, match="holds steps 3"):
+        lab.run(SAVING, "--checkpoint.load_step", "1", folder=run.folder)
+
+
+@shows("checkpoint.initial_load_path")
+def _(lab: Lab) -> None:
+    bare = lab.folder / "bare.toml"
+    bare.write_text(f'[model]\ntokenizer_path = "{TOKENIZER}"\n[dataset]\npath = "{lab.data}"\n[training]\nsteps = 1\nseq_len = 128\n')
+    export = lab.plain().folder / "export"
+    first = lab.train(bare, "--checkpoint.initial_load_path", str(export)).series("loss")[0]
+    assert first < lab.plain().series("loss")[0]
+    with pytest.raises(FormatError, match="is not a folder"):
+        lab.train(bare, "--checkpoint.initial_load_path", str(lab.folder / "nowhere"))
+
+
+@shows("checkpoint.model_weights_only", "checkpoint.export_dtype")
+def _(lab: Lab) -> None:
+    run = lab.run(SAVING, "--checkpoint.model_weights_only", "--checkpoint.export_dtype", "float16")
+    assert json.loads((run.folder / "checkpoint/step-3/manifest.json").read_text())["kind"] == "model"
+    assert {weight.dtype for weight in run.weights().values()} == {torch.float16}
+
+
+@shows("checkpoint.create_seed_checkpoint")
+def _(lab: Lab) -> None:
+    run = lab.run(SAVING, "--checkpoint.create_seed_checkpoint")
+    assert steps_saved(run) == [0]
+    assert not (run.folder / "metrics.jsonl").exists()
+
+
+# [metrics], [validation], [comm]
+
+
+@shows("metrics.log_freq")
+def _(lab: Lab) -> None:
+    assert [row["step"] for row in lab.run("--metrics.log_freq", "2").rows()] == [2, 3]
+
+
+@shows("validation.enable", "validation.freq", "validation.path")
+def _(lab: Lab) -> None:
+    assert lab.plain().series("validation_loss") == []
+    held_out = write_chats(lab.folder / "held_out.jsonl", 10, seed=3)
+    run = lab.run("--validation.enable", "--validation.path", str(held_out), "--validation.freq", "1")
+    assert [row["step"] for row in run.rows() if "validation_loss" in row] == [0, 1, 2, 3]
+    assert len(lab.run("--validation.enable", "--validation.path", str(held_out)).series("validation_loss")) == 2
+
+
+@shows("validation.fraction", "validation.prompts", "validation.max_new_tokens")
+def _(lab: Lab) -> None:
+    words = (
+        "--validation.enable",
+        "--validation.fraction",
+        "0.2",
+        "--validation.prompts",
+        "say sage",
+        "say kelp",
+        "--validation.max_new_tokens",
+        "3",
+    )
+    run = lab.run(*words)
+    assert [(row["step"], row["prompt"]) for row in run.samples()] == [(0, "say sage"), (0, "say kelp"), (3, "say sage"), (3, "say kelp")]
+    tokenizer = Tokenizer(TOKENIZER)
+    assert all(len(tokenizer.encode(row["answer"], add_special_tokens=False).ids) <= 3 for row in run.samples() if row["answer"].isascii())
+    assert lab.run(*words[:2], "0.4").series("validation_loss")[0] != run.series("validation_loss")[0]
+
+
+@shows("comm.init_timeout_seconds", "comm.train_timeout_seconds")
+def _(lab: Lab) -> None:
+    from tunelib.config.schema import Comm, Training
+    from tunelib.parallel.runtime import shorten_timeout, start
+
+    def limit() -> float:
+        return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+    comm = Comm(init_timeout_seconds=77, train_timeout_seconds=33)
+    with start(Training(mixed_precision_param="bfloat16"), comm):
+        assert limit() == 77
+        shorten_timeout(comm)
+        assert limit() == 33
