@@ -75,51 +75,12 @@ if [ "$NGPU" -eq 1 ] && [ "$NNODES" -eq 1 ]; then
     exec "$PYTHON" "$REPO/train.py" "$@"
 fi
 
-# torchrun makes every failure exit code 1; workers write theirs to this file. It would also leave its logs in /tmp for ever, and
-# show nothing of a failed rank that LOG_RANK leaves out. It runs in this very process, so that signals reach it.
-LAUNCH_PY='
-import glob, os, shutil, sys
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
-
-folder, shown = os.path.dirname(os.environ["TUNELIB_EXIT_CODE_FILE"]), os.environ["LOG_RANK"].split(",")
-
-def written_code():
-    try:
-        with open(os.environ["TUNELIB_EXIT_CODE_FILE"]) as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return 1
-
-def explain(error):
-    rank, failure = error.get_first_failure()
-    logs = sorted(glob.glob(f"{folder}/*/attempt_*/{failure.local_rank}/stderr.log"), key=os.path.getmtime)
-    if logs and str(failure.local_rank) not in shown:
-        with open(logs[-1], errors="replace") as file:
-            print(f"The last lines of rank {rank}:\n" + "".join(file.readlines()[-40:]), file=sys.stderr)
-    print(error, file=sys.stderr)
-
-try:
-    main()
-    code = 0
-except ChildFailedError as error:
-    code = written_code() or 1
-    if code not in (2, 75):  # those have been said in plain words
-        explain(error)
-except SignalException as error:  # torchrun itself was signalled, and the workers with it
-    code = written_code()
-    if code == 1:
-        print(error, file=sys.stderr)
-finally:
-    shutil.rmtree(folder, ignore_errors=True)
-sys.exit(code)
-'
+# Workers leave their exit codes in this folder, and torchrun its logs; the launcher removes it.
 folder=$(mktemp -d "${TMPDIR:-/tmp}/tunelib.XXXXXX")
 processors=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 threads=$((processors / NGPU))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-export TUNELIB_EXIT_CODE_FILE=$folder/exit_code LOG_RANK
+export TUNELIB_EXIT_CODE_FILE=$folder/exit_code
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300} # seconds to save in; torchrun kills after 30
 # one variable for each spelling that torch has had: what torchrun passes on, SIGUSR1 being the warning of batch systems
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
@@ -131,5 +92,5 @@ if [ "$NNODES" -gt 1 ]; then
 else
     set -- --rdzv_endpoint localhost:0 --local_addr localhost "$REPO/train.py" "$@" # port 0: any free one, so that runs do not meet
 fi
-exec "$PYTHON" -c "$LAUNCH_PY" --nnodes "$NNODES" --nproc_per_node "$NGPU" --max_restarts "$MAX_RESTARTS" --rdzv_backend c10d \
+exec "$PYTHON" -m tunelib.parallel.launch --nnodes "$NNODES" --nproc_per_node "$NGPU" --max_restarts "$MAX_RESTARTS" --rdzv_backend c10d \
     --role rank --tee 3 --local_ranks_filter "$LOG_RANK" --log_dir "$folder" "$@"

@@ -8,6 +8,9 @@ TunelibError
     └── SaveError     writing one failed: the disk's fault, not the user's    exit code 1
 """
 
+EXIT_CODE_FILE = "TUNELIB_EXIT_CODE_FILE"
+"""Environment variable with the file that a worker of several writes its exit code to: torchrun passes on no code but 1."""
+
 
 class TunelibError(Exception):
     """A problem that the person who started the run can mend; its text says how."""

@@ -50,12 +50,13 @@ leave(int(os.environ.get("STUB_EXIT", 0)))
 def repo(tmp_path: Path) -> Path:
     """A repository with the real launcher, a config checker and a train.py that only report, and two configs."""
     folder = tmp_path / "a repository"
-    for name in ("run_train.sh", "scripts/make_env.sh", "pyproject.toml", "constraints.txt"):
+    for name in ("run_train.sh", "scripts/make_env.sh", "tunelib/errors.py", "tunelib/parallel/launch.py", "pyproject.toml", "constraints.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPO / name, folder / name)
     (folder / "train.py").write_text(TRAIN_STUB)
     (folder / "tunelib" / "config").mkdir(parents=True)
     (folder / "tunelib" / "__init__.py").touch()
+    (folder / "tunelib" / "parallel" / "__init__.py").touch()
     (folder / "tunelib" / "config" / "__init__.py").touch()
     (folder / "tunelib" / "config" / "__main__.py").write_text(CONFIG_STUB)
     (folder / "train_configs").mkdir()

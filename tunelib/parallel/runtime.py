@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tunelib.config.schema import Comm, Training
-from tunelib.errors import TunelibError
+from tunelib.errors import EXIT_CODE_FILE, TunelibError
 from tunelib.files import lock_folder
 from tunelib.parallel.reduce import agreed
 
@@ -143,7 +143,7 @@ def _report_memory(error: BaseException) -> int:
 
 
 def _leave_exit_code(code: int) -> int:
-    if path := os.environ.get("TUNELIB_EXIT_CODE_FILE"):
+    if path := os.environ.get(EXIT_CODE_FILE):
         Path(path).write_text(str(code))
     return code
 
