@@ -39,7 +39,7 @@ from tunelib.parallel.apply import spread_model
 from tunelib.parallel.fsdp import forward_only, set_gradient_sync
 from tunelib.parallel.mesh import build_layout
 from tunelib.parallel.reduce import agreed, clip_gradients, sum_over_ranks
-from tunelib.parallel.runtime import DTYPES, Runtime, hold_folder, run_main, shorten_timeout, start
+from tunelib.parallel.runtime import DTYPES, Runtime, hold_folder, run_main, start, step_timeout
 from tunelib.schedule import lr_factor
 
 
@@ -171,7 +171,8 @@ def main(argv: list[str]) -> None:
             begun = time.monotonic()
             work = train_data.step(step + 1)
             lr = config.optimizer.lr * lr_factor(config.lr_scheduler, step + 1, num_steps)
-            loss, grad_norm = train_step(model, optimizer, work, lr, config.training.max_norm, runtime)
+            with step_timeout(config.comm, active=step >= first_step):
+                loss, grad_norm = train_step(model, optimizer, work, lr, config.training.max_norm, runtime)
             finished_epochs = train_data.epochs_after(step), train_data.epochs_after(step + 1)
             step, tokens_seen = step + 1, tokens_seen + work.num_tokens
             summary.add_step(work.num_tokens, time.monotonic() - begun, loss)
@@ -180,8 +181,6 @@ def main(argv: list[str]) -> None:
                 row |= summary.speed() | {"memory_gib": peak_memory_gib(runtime.device)}
                 metrics.write(row)
                 console.step(row)
-            if step == first_step:
-                shorten_timeout(config.comm)
             if config.validation.enable and step % config.validation.freq == 0:
                 validate()
                 last_validated = step

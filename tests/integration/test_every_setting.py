@@ -572,7 +572,7 @@ def _(lab: Lab) -> None:
 @shows("comm.init_timeout_seconds", "comm.train_timeout_seconds")
 def _(lab: Lab) -> None:
     from tunelib.config.schema import Comm, Training
-    from tunelib.parallel.runtime import shorten_timeout, start
+    from tunelib.parallel.runtime import start, step_timeout
 
     def limit() -> float:
         return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
@@ -580,5 +580,6 @@ def _(lab: Lab) -> None:
     comm = Comm(init_timeout_seconds=77, train_timeout_seconds=33)
     with start(Training(mixed_precision_param="bfloat16"), comm):
         assert limit() == 77
-        shorten_timeout(comm)
-        assert limit() == 33
+        with step_timeout(comm, active=True):
+            assert limit() == 33
+        assert limit() == 77

@@ -179,10 +179,13 @@ class CheckpointManager:
                 files.write_file(staging / CONFIG_FILE, self.config_toml)
                 files.write_file(staging / MODEL_FILE, self.model_json)
         names = from_main(files.list_files(staging) if self.is_main else [])
-        described = gather_objects(files.describe_files(staging, deal(names)))
+        described: dict[str, dict[str, int]] = {}
+        with agreed(failed):
+            described = files.describe_files(staging, deal(names))
+        parts = gather_objects(described)
         with agreed(failed):
             if self.is_main:
-                together = {name: entry for part in described for name, entry in part.items()}
+                together = {name: entry for part in parts for name, entry in part.items()}
                 files.commit_folder(staging, final, together, kind=kind, step=state.step)
                 self._retain()
         self._saved_step = state.step
@@ -191,9 +194,16 @@ class CheckpointManager:
 
     def _retain(self) -> None:
         keep = self.section.keep_latest_k
-        full = [step for step in self._list_steps() if files.read_manifest(self._path(step)).get("kind") == "full"]
+        full = [step for step in self._list_steps() if self._kind(step) == "full"]
         for step in full[:-keep] if keep else []:
             files.remove_folder(self._path(step))
+
+    def _kind(self, step: int) -> str | None:
+        """What a step's manifest says it is; None where there is no readable one: such a folder neither counts nor goes."""
+        try:
+            return files.read_manifest(self._path(step)).get("kind")
+        except CheckpointError:
+            return None
 
     def _list_steps(self) -> list[int]:
         if not self.folder.is_dir():

@@ -280,9 +280,9 @@ class Comm:
     """Communication between processes."""
 
     init_timeout_seconds: Count = 300
-    """Limit of one collective until the first step has ended."""
+    """Limit of one collective in the first step, and outside of steps: while starting, validating and saving."""
     train_timeout_seconds: Count = 100
-    """Limit of one collective afterwards; raise it where saving or validating makes ranks wait longer."""
+    """Limit of one collective in every later step."""
 
 
 @dataclass(frozen=True)

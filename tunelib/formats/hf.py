@@ -30,11 +30,17 @@ DERIVED_SUFFIX = "rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class HfFolder:
-    """A Hugging Face folder with safetensors weights. ``partition``: file name → its tensors, in their order there."""
+    """A Hugging Face folder with safetensors weights.
+
+    Attributes:
+        partition: file name → its tensors, in their order there.
+        index: the JSON that says which file holds which tensor, where there is one.
+    """
 
     folder: Path
     config: dict[str, Any]
     partition: dict[str, list[TensorInfo]]
+    index: dict[str, Any] | None
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -67,10 +73,10 @@ def open_hf_folder(folder: Path) -> HfFolder:
     Raises:
         FormatError: no weights, a file that the index names is missing or damaged, or file and index disagree.
     """
-    config = read_config(folder)
+    config, index = read_config(folder), None
     if (folder / INDEX_FILE).is_file():
-        weight_map = _read_weight_map(folder / INDEX_FILE)
-        partition = {}
+        index = _read_index(folder / INDEX_FILE)
+        partition, weight_map = {}, index["weight_map"]
         for file in dict.fromkeys(weight_map.values()):
             wanted = {name for name, where in weight_map.items() if where == file}
             partition[file] = [info for info in read_header(folder / file) if info.name in wanted]
@@ -80,7 +86,7 @@ def open_hf_folder(folder: Path) -> HfFolder:
         partition = {SINGLE_FILE: read_header(folder / SINGLE_FILE)}
     else:
         raise FormatError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: no weights to start from")
-    return HfFolder(folder, config, partition)
+    return HfFolder(folder, config, partition, index)
 
 
 def check_names(source: HfFolder, expected: dict[str, torch.Size], tied: bool) -> None:
@@ -115,11 +121,13 @@ class ExportPlan:
 
     Attributes:
         partition: file name → tensors, in order.
+        index: the JSON index, where there is more than one file or there was one.
         config: the config.json.
         companions: folders that tokenizer files and generation config are copied from; the first that has a file wins.
     """
 
     partition: dict[str, list[TensorInfo]]
+    index: dict[str, Any] | None
     config: dict[str, Any]
     companions: tuple[Path, ...]
 
@@ -149,7 +157,7 @@ def plan_export(
     name = "torch_dtype" if "torch_dtype" in config else "dtype"
     if source is None or dtype is not None:
         config = {**config, name: str(stored).removeprefix("torch.")}
-    return ExportPlan(partition, config, companions)
+    return ExportPlan(partition, _index_of(partition, source.index if source else None), config, companions)
 
 
 def export_hf(plan: ExportPlan, tensors: dict[str, Tensor], target: Path, is_main: bool) -> None:
@@ -195,11 +203,18 @@ def _write_companions(plan: ExportPlan, staging: Path) -> None:
     if not (staging / "generation_config.json").exists():
         ids = {name: plan.config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if plan.config.get(name) is not None}
         files.write_file(staging / "generation_config.json", json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n")
-    if len(plan.partition) > 1 or SINGLE_FILE not in plan.partition:
-        weight_map = {info.name: file for file, infos in plan.partition.items() for info in infos}
-        total = sum(nbytes(info) for infos in plan.partition.values() for info in infos)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        files.write_file(staging / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    if plan.index is not None:
+        files.write_file(staging / INDEX_FILE, json.dumps(plan.index, indent=2) + "\n")
+
+
+def _index_of(partition: dict[str, list[TensorInfo]], old: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The index of these files: as it came but for the sizes, or a new one where there are several files."""
+    if old is None and list(partition) == [SINGLE_FILE]:
+        return None
+    weight_map = {info.name: file for file, infos in partition.items() for info in infos}
+    order = [name for name in (old["weight_map"] if old else sorted(weight_map)) if name in weight_map]
+    total = sum(nbytes(info) for infos in partition.values() for info in infos)
+    return {"metadata": {**(old or {}).get("metadata", {}), "total_size": total}, "weight_map": {name: weight_map[name] for name in order}}
 
 
 def _partition(infos: list[TensorInfo]) -> dict[str, list[TensorInfo]]:
@@ -216,9 +231,10 @@ def _partition(infos: list[TensorInfo]) -> dict[str, list[TensorInfo]]:
     return {f"model-{number:05d}-of-{len(groups):05d}.safetensors": group for number, group in enumerate(groups, start=1)}
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
+def _read_index(path: Path) -> dict[str, Any]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = json.loads(path.read_text(encoding="utf-8"))
+        weight_map = index["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{path} cannot be read as an index: {type(error).__name__}: {error}") from None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -226,4 +242,4 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     for file in weight_map.values():
         if Path(file).name != file:
             raise FormatError(f"{path} names {file!r}, which lies outside the folder")
-    return weight_map
+    return index

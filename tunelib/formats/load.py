@@ -13,12 +13,12 @@ from tunelib.checkpoint.dcp_reader import SafeReader, load_tensors
 from tunelib.config.schema import Model
 from tunelib.config.sizes import SIZES
 from tunelib.errors import FormatError
-from tunelib.files import MANIFEST
+from tunelib.files import MANIFEST, find_damage, read_manifest
 from tunelib.formats.hf import ExportPlan, HfFolder, check_names, open_hf_folder, plan_export, read_config
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder, draw_weight
 from tunelib.model.families import hf_config, llama, parse_config
-from tunelib.parallel.reduce import local
+from tunelib.parallel.reduce import deal, local
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,17 @@ def find_weights(section: Model, initial_load_path: str, vocab_size: int, seq_le
 
 
 def check_weights(model: Decoder, weights: Weights) -> None:
-    """Prove, before storage is allocated, that the weights fit the model; raises FormatError."""
+    """Prove, before storage is allocated, that the weights fit the model; raises FormatError.
+
+    The files of a DCP folder with a manifest are verified, dealt out over the ranks: one of them may be the only one to raise.
+    """
     if weights.hf is not None:
         check_names(weights.hf, {name: parameter.shape for name, parameter in model.named_parameters()}, model.config.tie_word_embeddings)
     if weights.dcp is not None:
+        if (weights.dcp / MANIFEST).is_file():
+            entries = read_manifest(weights.dcp)["files"]
+            if damage := find_damage(weights.dcp, entries, deal(sorted(entries))):
+                raise FormatError("; ".join(damage))
         held = SafeReader(weights.dcp).read_metadata().state_dict_metadata
         for name, parameter in model.named_parameters():
             size = getattr(held.get(name), "size", None)

@@ -5,6 +5,7 @@ FlexAttention skips what lies outside the documents. B batch, S sequence, H head
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tunelib.model.config import ModelConfig
 from tunelib.model.rope import rotate
 
-# What tells documents apart: their lengths (CPU) or FlexAttention's block mask over all B x S tokens (CUDA).
+# What tells documents apart: their lengths (CPU) or FlexAttention's block mask (CUDA).
 Documents = tuple[int, ...] | Any
 
 
@@ -38,9 +39,9 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, documents).flatten(-2))
 
 
-def plan_documents(document_lengths: tuple[int, ...], device: torch.device) -> Documents:
+def plan_documents(document_lengths: tuple[int, ...], num_rows: int, device: torch.device) -> Documents:
     """What `Attention` needs to keep documents apart on this device; made once per micro-batch, shared by all layers."""
-    return document_lengths if device.type == "cpu" else build_block_mask(document_lengths, device)
+    return document_lengths if device.type == "cpu" else build_block_mask(document_lengths, num_rows, device)
 
 
 def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple[int, ...]) -> Tensor:
@@ -58,27 +59,32 @@ def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
-    """The same through FlexAttention, all rows laid end to end as one sequence."""
-    one_row = (tensor.flatten(0, 1).transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))  # (1, H, B·S, D)
-    out = _flex_attention(q.is_cuda)(*one_row, block_mask=block_mask, enable_gqa=q.shape[2] != k.shape[2])
-    return out.squeeze(0).transpose(0, 1).unflatten(0, q.shape[:2])
+    """The same through FlexAttention."""
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, S, D)
+    return _flex(q.is_cuda).attend(*heads_first, block_mask=block_mask, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
 
 
-def build_block_mask(document_lengths: tuple[int, ...], device: torch.device) -> Any:
-    """FlexAttention's mask of B·S tokens laid end to end: same document, not later."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
+def build_block_mask(document_lengths: tuple[int, ...], num_rows: int, device: torch.device) -> Any:
+    """FlexAttention's mask: same document, not later. No document crosses from one row to the next."""
     lengths = torch.tensor(document_lengths, device=device)
-    document = torch.repeat_interleave(torch.arange(len(document_lengths), device=device), lengths)
+    document = torch.repeat_interleave(torch.arange(len(document_lengths), device=device), lengths).view(num_rows, -1)  # (B, S)
 
-    def same_document_not_later(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (document[query] == document[key]) & (query >= key)
+    def same_document_not_later(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (document[row, query] == document[row, key]) & (query >= key)
 
-    return create_block_mask(same_document_not_later, None, None, len(document), len(document), device=str(device))
+    rows, width = document.shape
+    return _flex(device.type == "cuda").build_mask(same_document_not_later, rows, None, width, width, device=str(device))
+
+
+@dataclass(frozen=True)
+class _Flex:
+    attend: Any
+    build_mask: Any
 
 
 @functools.cache
-def _flex_attention(compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
+def _flex(compiled: bool) -> _Flex:
+    """FlexAttention's two functions; eager ones hold a whole (S, S) matrix, so on CUDA both are compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention) if compiled else flex_attention
+    return _Flex(torch.compile(flex_attention), torch.compile(create_block_mask)) if compiled else _Flex(flex_attention, create_block_mask)

@@ -104,12 +104,22 @@ def resolve_dtypes(training: Training, device: torch.device) -> tuple[torch.dtyp
     return param, compute, reduce
 
 
-def shorten_timeout(comm: Comm) -> None:
-    """From the first step on, a collective that hangs is noticed after ``comm.train_timeout_seconds``."""
-    if dist.is_initialized():
-        from torch.distributed.distributed_c10d import _set_pg_timeout
+@contextlib.contextmanager
+def step_timeout(comm: Comm, active: bool) -> Iterator[None]:
+    """A block, which is a training step, in which a collective that hangs is noticed after ``comm.train_timeout_seconds``.
 
-        _set_pg_timeout(datetime.timedelta(seconds=comm.train_timeout_seconds), dist.group.WORLD)
+    Saving and validating, where one rank may work long while the others wait, and the first step keep ``init_timeout_seconds``.
+    """
+    if not (active and dist.is_initialized()):
+        yield
+        return
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(datetime.timedelta(seconds=comm.train_timeout_seconds), dist.group.WORLD)
+    try:
+        yield
+    finally:
+        _set_pg_timeout(datetime.timedelta(seconds=comm.init_timeout_seconds), dist.group.WORLD)
 
 
 def run_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
