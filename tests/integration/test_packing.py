@@ -22,7 +22,7 @@ def test_packed_and_unpacked_training_of_the_same_documents_agree(train: Callabl
     num_rows = {len(plan_epoch(index.lengths, SEQ_LEN, True, 0, epoch)) for epoch in range(6)}
     assert len(num_rows) == 1, "every epoch must fill one step exactly"
     assert num_rows.pop() < NUM_DOCUMENTS / 2, "rows must hold several documents"
-    common = ["--training.steps", "6", "--training.local_batch_size", "1"]
+    common = ["--training.steps", "6", "--training.local_batch_size", "1", "--optimizer.lr", "5e-3"]
     packed = train(toml, *common, "--training.global_batch_size", str(len(plan_epoch(index.lengths, SEQ_LEN, True, 0, 0))))
     unpacked = train(toml, *common, "--training.global_batch_size", str(NUM_DOCUMENTS), "--dataset.no-packing")
     assert packed.series("tokens") == unpacked.series("tokens")

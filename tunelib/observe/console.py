@@ -6,6 +6,9 @@ from typing import Any
 from tqdm import tqdm
 
 
+BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {desc}  {elapsed}, ETA {remaining}"
+
+
 class Console:
     """Prints on one rank, and is silent on the others.
 
@@ -26,14 +29,14 @@ class Console:
         """The loop begins."""
         self._num_steps = num_steps
         if self._active and sys.stdout.isatty():
-            self._bar = tqdm(total=num_steps, initial=done, unit="step", dynamic_ncols=True, leave=True, file=sys.stdout, smoothing=0.05)
+            self._bar = tqdm(total=num_steps, initial=done, bar_format=BAR, dynamic_ncols=True, file=sys.stdout, smoothing=0.05)
 
     def step(self, row: dict[str, Any]) -> None:
         """A logged step; ``row`` is what metrics.jsonl gets."""
         figures = f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  {row['memory_gib']:.2f} GiB"
         if self._bar is not None:
+            self._bar.set_description_str(figures, refresh=False)
             self._bar.update(row["step"] - self._bar.n)
-            self._bar.set_description_str(figures)
         elif self._active:
             left = (self._num_steps - row["step"]) * row["seconds_per_step"]
             print(f"step {row['step']:>{len(str(self._num_steps))}}/{self._num_steps}  {figures}  lr {row['lr']:.2e}  ETA {_clock(left)}", flush=True)

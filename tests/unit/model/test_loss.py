@@ -1,0 +1,58 @@
+"""The loss is a sum over trained tokens, which any split of a batch adds up to."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from unit.samples import tiny_model
+
+from tunelib.batch import IGNORED
+from tunelib.model.loss import summed_loss
+
+
+def make_case() -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 6, 8, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, 10, (4, 6), generator=generator)
+    labels[torch.rand(4, 6, generator=generator) < 0.6] = IGNORED
+    head = nn.Linear(8, 10, bias=False, dtype=torch.float64)
+    return hidden, labels, head
+
+
+def test_loss_is_torchs_cross_entropy_summed() -> None:
+    hidden, labels, head = make_case()
+    expected = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(summed_loss(hidden, labels, head), expected)
+
+
+def test_losses_of_micro_batches_add_up_to_the_batchs() -> None:
+    hidden, labels, head = make_case()
+    parts = sum(summed_loss(hidden[row : row + 1], labels[row : row + 1], head) for row in range(4))
+    torch.testing.assert_close(parts, summed_loss(hidden, labels, head))
+
+
+def test_micro_batch_without_a_trained_token_gives_zero_and_zero_gradients() -> None:
+    model = tiny_model()
+    labels = torch.full((2, 4), IGNORED)
+    loss = model(torch.ones(2, 4, dtype=torch.int64), torch.arange(4).expand(2, 4), (4, 4), labels=labels)
+    assert loss.item() == 0
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad == 0).all(), name
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_loss_is_in_float32_or_better(dtype: torch.dtype, expected: torch.dtype) -> None:
+    hidden, labels, head = make_case()
+    assert summed_loss(hidden.to(dtype), labels, head.to(dtype)).dtype == expected
+
+
+def test_model_with_labels_gives_the_loss_of_its_logits() -> None:
+    model = tiny_model()
+    tokens = torch.randint(0, 48, (2, 6), generator=torch.Generator().manual_seed(1))
+    labels = tokens.roll(-1, dims=1)
+    positions, lengths = torch.arange(6).expand(2, 6), (6, 6)
+    logits = model(tokens, positions, lengths)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(model(tokens, positions, lengths, labels=labels), expected)

@@ -1,0 +1,56 @@
+"""The opening lines and the summary say true numbers."""
+
+import math
+from pathlib import Path
+
+import pytest
+from unit.samples import make_index
+
+from tunelib.observe.report import Summary, unigram_entropy
+
+
+def test_unigram_entropy_is_that_of_the_trained_labels() -> None:
+    index = make_index([4, 4], trained=[[True, True, False, True], [True, False, False, False]])
+    index.tokens[:] = [9, 1, 1, 7, 2, 9, 2, 8, 8, 8]  # trained labels: 1, 1, 2, and 2
+    assert unigram_entropy(index) == pytest.approx(math.log(2))
+    index.tokens[:] = 3
+    assert unigram_entropy(index) == 0
+
+
+def test_unigram_entropy_is_of_the_selected_documents_only() -> None:
+    index = make_index([2, 2])
+    assert unigram_entropy(index) == pytest.approx(math.log(4))
+    assert unigram_entropy(index.select(index.lines == 1)) == pytest.approx(math.log(2))
+
+
+def test_speed_is_since_the_last_call() -> None:
+    summary = Summary()
+    summary.add_step(100, 2.0, 1.0)
+    summary.add_step(200, 1.0, 1.0)
+    assert summary.speed() == {"tokens_per_second": 100.0, "seconds_per_step": 1.5}
+    summary.add_step(50, 0.5, 1.0)
+    assert summary.speed() == {"tokens_per_second": 100.0, "seconds_per_step": 0.5}
+
+
+def test_summary_says_losses_and_where_things_lie(tmp_path: Path) -> None:
+    summary = Summary()
+    for step in range(20):
+        summary.add_step(10, 0.1, float(step))
+    for loss in (3.0, 2.5, 2.0):
+        summary.add_validation(loss)
+    text = "\n".join(summary.lines(20, 200, 5.0, 1.0, tmp_path, tmp_path / "checkpoint/step-20"))
+    for words in (
+        "step 20",
+        "training loss 14.5000 (mean of the last 10 steps)",
+        "validation loss 3.0000 → 2.0000",
+        "100 tokens/s",
+        "checkpoint/step-20",
+        "export",
+    ):
+        assert words in text
+
+
+def test_finished_run_that_took_no_step_has_a_summary(tmp_path: Path) -> None:
+    text = "\n".join(Summary().lines(7, 70, 0.1, 1.0, tmp_path, None))
+    assert "step 7" in text
+    assert "loss" not in text

@@ -1,0 +1,107 @@
+"""Matrices decay, norms and biases do not; prepared state is what a real first step would make."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from unit.samples import tiny_model
+
+from tunelib.config.schema import Optimizer
+from tunelib.optimizer import build_optimizer, prepare_state, set_lr
+
+SECTIONS = {
+    "AdamW": Optimizer(),
+    "SGD": Optimizer(name="SGD"),
+    "SGD with momentum": Optimizer(name="SGD", momentum=0.9),
+}
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for number, parameter in enumerate(model.parameters()):
+        generator = torch.Generator().manual_seed(number)
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def describe_state(optimizer: torch.optim.Optimizer) -> list[dict[str, tuple]]:
+    """Of each parameter in the order of the groups: key → shape, type, device and stride."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [
+        {key: (value.shape, value.dtype, value.device, value.stride()) for key, value in optimizer.state.get(of, {}).items()} for of in parameters
+    ]
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
+    model = tiny_model(attention_bias=True, tie_word_embeddings=True)
+    optimizer = build_optimizer(model, Optimizer(weight_decay=0.3))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, kept = ({names[parameter] for parameter in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert decayed | kept == set(names.values())
+    assert not decayed & kept
+    assert kept == {name for name in names.values() if name.endswith(("norm.weight", ".bias"))}
+    assert "model.embed_tokens.weight" in decayed
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_weight_decay_acts_on_matrices_and_not_on_norms(name: str) -> None:
+    model = tiny_model()
+    optimizer = build_optimizer(model, Optimizer(name=name, lr=0.1, weight_decay=0.5))  # type: ignore[arg-type]  # a Literal
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        expected = before[name] * (1 - 0.1 * 0.5) if parameter.ndim == 2 else before[name]
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    model = tiny_model()
+    model.lm_head.weight.requires_grad_(False)
+    optimizer = build_optimizer(model, Optimizer())
+    assert all(parameter is not model.lm_head.weight for group in optimizer.param_groups for parameter in group["params"])
+
+
+def test_section_reaches_torch() -> None:
+    adamw = build_optimizer(tiny_model(), Optimizer(lr=0.5, beta1=0.7, beta2=0.8, eps=1e-3))
+    assert all((group["lr"], group["betas"], group["eps"]) == (0.5, (0.7, 0.8), 1e-3) for group in adamw.param_groups)
+    sgd = build_optimizer(tiny_model(), Optimizer(name="SGD", lr=0.5, momentum=0.25))
+    assert all((group["lr"], group["momentum"]) == (0.5, 0.25) for group in sgd.param_groups)
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_prepared_state_is_what_a_first_step_would_make(section: Optimizer, dtype: torch.dtype) -> None:
+    prepared, stepped = build_optimizer(tiny_model(dtype), section), build_optimizer(model := tiny_model(dtype), section)
+    prepare_state(prepared)
+    take_step(model, stepped)
+    assert describe_state(prepared) == describe_state(stepped)
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS.keys())
+def test_training_from_prepared_state_equals_training_from_none(section: Optimizer) -> None:
+    fresh = tiny_model()
+    prepared = copy.deepcopy(fresh)
+    fresh_optimizer, prepared_optimizer = build_optimizer(fresh, section), build_optimizer(prepared, section)
+    prepare_state(prepared_optimizer)
+    for _ in range(3):
+        take_step(fresh, fresh_optimizer)
+        take_step(prepared, prepared_optimizer)
+    for one, other in zip(fresh.parameters(), prepared.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS.keys())
+def test_rate_is_the_one_that_was_set(section: Optimizer) -> None:
+    model = tiny_model()
+    optimizer = build_optimizer(model, section)
+    set_lr(optimizer, 0.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    take_step(model, optimizer)
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    set_lr(optimizer, 0.1)
+    take_step(model, optimizer)
+    assert not any(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
