@@ -4,8 +4,8 @@
     NGPU=2 ./run_train.sh --training.steps 50
     CONFIG=smollm2_135m_full ./run_train.sh --checkpoint.export_dtype float32
 
-Paragraphs: wake · arrange the machines · words · know the model · data · memory of the run · model on paper · spread it ·
-give weights · optimizer · resume · watch · the loop · close; then `train_step` and `evaluate`. Everything that a person can
+Paragraphs: wake · arrange the machines · words · know the model, on paper · data · how the weights leave · memory of the run ·
+spread the model · give weights · optimizer · resume · watch · the loop · close; then `train_step` and `evaluate`. Everything that a person can
 have got wrong is found before the first weight is allocated. Nothing imports this file.
 """
 
@@ -27,8 +27,8 @@ from tunelib.data.loader import HeldOutData, Share, Step, TrainData
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.files import replace_file
 from tunelib.formats.hf import export_hf
-from tunelib.formats.load import check_weights, find_weights, give_weights, plan_export_of
-from tunelib.infer.generate import answer_prompts
+from tunelib.formats.load import check_weights, check_weights_folder, find_weights, give_weights, plan_export_of
+from tunelib.infer.generate import answer_prompts, encode_prompts
 from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.observe.console import Console
 from tunelib.observe.memory import peak_memory_gib
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
 
         with agreed():
             # Words. Without a tokenizer of its own a model is given the one beside its weights.
+            check_weights_folder(config.checkpoint.initial_load_path)
             tokenizer_path = config.model.tokenizer_path or config.checkpoint.initial_load_path
             tokenizer = Tokenizer(Path(tokenizer_path)) if tokenizer_path else None
 
@@ -67,11 +68,10 @@ def main(argv: list[str]) -> None:
             weights = find_weights(config.model, config.checkpoint.initial_load_path, vocab_size, config.training.seq_len)
             model = build_on_meta(weights.config, runtime.param_dtype)
             check_weights(model, weights)
-            special_ids = tokenizer.special_ids if tokenizer else {}
-            export = plan_export_of(model, weights, tokenizer.folder if tokenizer else None, special_ids, DTYPES.get(config.checkpoint.export_dtype))
 
             # Data: every document's tokens, and the order, but no batch yet.
             train_data = held_out = template = index = None
+            prompts: list[list[int]] = []
             if not config.checkpoint.create_seed_checkpoint:
                 assert tokenizer is not None, "checked in config/check.py"
                 seq_len, packing, section = config.training.seq_len, config.dataset.packing, config.validation
@@ -84,6 +84,17 @@ def main(argv: list[str]) -> None:
                     index, held_out_index = split_held_out(index, section.fraction)
                 train_data = TrainData(index, seq_len, packing, config.training.seed, config.training.global_batch_size, share)
                 held_out = HeldOutData(held_out_index, seq_len, packing, share) if held_out_index is not None else None
+                prompts = encode_prompts(section.prompts, tokenizer, template)
+
+            # How the weights will leave: in the form they came in, with the words that were trained on.
+            export = plan_export_of(
+                model,
+                weights,
+                tokenizer.folder if tokenizer else None,
+                tokenizer.special_ids if tokenizer else {},
+                template.source if template and config.dataset.chat_template else None,
+                DTYPES.get(config.checkpoint.export_dtype),
+            )
 
         # Memory of the run: what to go on from.
         manager = CheckpointManager(
@@ -91,15 +102,18 @@ def main(argv: list[str]) -> None:
         )
         decision = manager.decide()
         console.say(decision.sentence)
-        identity = {
+        origin = {
             "model": {name: value for name, value in export.config.items() if name not in ("dtype", "torch_dtype")},
-            "checkpoint.initial_load_path": str(Path(config.checkpoint.initial_load_path).resolve()) if config.checkpoint.initial_load_path else "",
-            "optimizer.name": config.optimizer.name,
-            **(train_data.fingerprint if train_data else {}),
-            "validation.fraction": config.validation.fraction,
+            "checkpoint.initial_load_path": os.path.abspath(config.checkpoint.initial_load_path) if config.checkpoint.initial_load_path else "",
         }
+        order = {**train_data.fingerprint, "validation.fraction": config.validation.fraction} if train_data else {}
+        identity = {**origin, **order, "optimizer.name": config.optimizer.name}
         if decision.state is not None:
-            check_identity(decision.state.identity, identity)
+            check_identity(decision.state.identity, origin if decision.kind == "seed" else identity)
+        num_steps = config.training.steps or (train_data.steps_in_epochs(config.training.epochs or 1) if train_data else 0)
+        if decision.finished_step is not None and decision.finished_step >= num_steps > 0:
+            console.say(f"this run is finished at step {decision.finished_step}; extend it with a larger --training.steps (now {num_steps})")
+            return
 
         # Spread the model, which has been on paper so far: FSDP2, then empty storage where each shard belongs.
         spread_model(model, config.parallelism, layout, runtime)
@@ -110,20 +124,19 @@ def main(argv: list[str]) -> None:
         elif decision.kind == "fresh":
             give_weights(model, weights, config.training.seed)
         if config.checkpoint.create_seed_checkpoint:
-            saved = manager.save(model_tensors(model), RunState(0, 0, runtime.world_size, identity), kind="seed")
+            saved = manager.save(model_tensors(model), RunState(0, 0, runtime.world_size, origin), kind="seed")
             console.say(f"seed checkpoint written to {saved}; start from it with the same command without create_seed_checkpoint, on any layout")
             return
         assert train_data is not None  # it is left out for a seed only
         assert index is not None
         assert tokenizer is not None
 
-        # Optimizer and schedule.
+        # Optimizer; the schedule is a function of the step.
         optimizer = build_optimizer(model, config.optimizer)
-        num_steps = config.training.steps or train_data.steps_in_epochs(config.training.epochs or 1)
 
         # Resume: weights, optimizer, random state; the data's place follows from the step.
         step, tokens_seen = 0, 0
-        if decision.state is not None:
+        if decision.kind == "resume" and decision.state is not None:
             step, tokens_seen = decision.state.step, decision.state.tokens_seen
             same_layout = decision.state.world_size == runtime.world_size
             tensors = tensors_to_load(model, optimizer, runtime.rank, runtime.device, same_layout)
@@ -136,7 +149,7 @@ def main(argv: list[str]) -> None:
         # Watch: the opening lines, metrics, samples and the first validation.
         if runtime.is_main:
             replace_file(folder / "config.toml", resolved_toml(loaded))
-        resumed_step = step if decision.state is not None else None
+        resumed_step = step if decision.kind == "resume" else None
         metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
         samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
         for line in opening_lines(config, runtime, layout, model, index, num_steps, weights.sentence):
@@ -151,9 +164,8 @@ def main(argv: list[str]) -> None:
                 console.say(f"step {step}: validation loss {loss:.4f} on {held_out.num_trained:,} held-out tokens")
 
         def show_samples() -> None:
-            prompts = config.validation.prompts
-            answers = answer_prompts(model, prompts, tokenizer, template, config.validation.max_new_tokens, runtime.device)
-            for prompt, answer in zip(prompts, answers, strict=True):
+            answers = answer_prompts(model, prompts, tokenizer, config.validation.max_new_tokens, runtime.device)
+            for prompt, answer in zip(config.validation.prompts, answers, strict=True):
                 samples.write({"step": step, "prompt": prompt, "answer": answer})
                 console.say(f"step {step}: {prompt!r} → {answer!r}")
 
@@ -195,8 +207,7 @@ def main(argv: list[str]) -> None:
             show_samples()
         checkpoint = None
         if config.checkpoint.enable_checkpoint and config.checkpoint.model_weights_only:
-            dtype = DTYPES.get(config.checkpoint.export_dtype)
-            checkpoint = manager.save({name: tensor.to(dtype) for name, tensor in model_tensors(model).items()}, state(), kind="model")
+            checkpoint = manager.save({name: tensor.to(export.dtypes[name]) for name, tensor in model_tensors(model).items()}, state(), kind="model")
         elif config.checkpoint.enable_checkpoint:
             checkpoint = manager.save(model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device), state())
         export_hf(export, model_tensors(model), folder / "export", runtime.is_main)

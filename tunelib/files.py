@@ -34,10 +34,10 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 def replace_file(path: Path, content: bytes | str) -> None:
     """Give a file new content so that a reader sees the old one or the new one, never a part."""
-    staging = path.with_name(f".{path.name}.staging")
+    staging = staging_of(path)
     write_file(staging, content)
     os.replace(staging, path)
-    sync_directory(path.parent)
+    sync_path(path.parent)
 
 
 def sync_path(path: Path) -> None:
@@ -47,9 +47,6 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-sync_directory = sync_path
 
 
 def crc32_of(path: Path) -> int:
@@ -72,10 +69,15 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, in
     return {name: {"size": (folder / name).stat().st_size, "crc32": crc32_of(folder / name)} for name in names}
 
 
+def staging_of(final: Path) -> Path:
+    """Where a folder is built before it gets its name."""
+    return final.with_name(f".{final.name}.staging")
+
+
 def make_staging(final: Path) -> Path:
     """An empty folder beside ``final`` to build it in; what an earlier, interrupted attempt left there is removed."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    staging = final.with_name(f".{final.name}.staging")
+    staging = staging_of(final)
     remove_folder(staging)
     staging.mkdir()
     return staging
@@ -94,16 +96,16 @@ def commit_folder(staging: Path, final: Path, files: dict[str, dict[str, int]], 
     for name in files:
         sync_path(staging / name)
     for directory in {(staging / name).parent for name in files} | {staging}:
-        sync_directory(directory)
+        sync_path(directory)
     write_file(staging / MANIFEST, json.dumps({"format": MANIFEST_FORMAT, **facts, "files": files}, indent=1) + "\n")
-    sync_directory(staging)
+    sync_path(staging)
     if final.exists():
         _exchange(staging, final)
-        sync_directory(final.parent)
+        sync_path(final.parent)
         remove_folder(staging)
     else:
         os.rename(staging, final)
-        sync_directory(final.parent)
+        sync_path(final.parent)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise CheckpointError(f"{path} is not a manifest of format {MANIFEST_FORMAT}")
     for name, entry in files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise CheckpointError(f"{path} names {name!r}, which lies outside the folder")
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), int) for key in ("size", "crc32")):
             raise CheckpointError(f"{path} does not give size and crc32 of {name!r}")
@@ -154,7 +156,7 @@ def set_aside(folder: Path, reason: str) -> Path:
     while (target := folder.with_name(f"{folder.name}.{reason}-{number}")).exists():
         number += 1
     os.rename(folder, target)
-    sync_directory(folder.parent)
+    sync_path(folder.parent)
     return target
 
 
@@ -167,12 +169,15 @@ def remove_folder(folder: Path) -> None:
         if trash.exists():
             shutil.rmtree(trash)
         os.rename(folder, trash)
-        sync_directory(folder.parent)
+        sync_path(folder.parent)
     shutil.rmtree(trash)
 
 
 def remove_debris(folder: Path) -> None:
-    """Remove what interrupted saves and removals left in a folder."""
+    """Remove what interrupted saves and removals left in a folder; an interrupted exchange is undone."""
+    for path in folder.glob(".*.old"):
+        name = folder / path.name[1:].removesuffix(".old")
+        shutil.rmtree(path) if name.exists() else os.rename(path, name)
     for path in folder.glob(".*"):
         if path.is_dir() and path.name.endswith((".staging", ".removed")):
             shutil.rmtree(path)
@@ -201,8 +206,8 @@ def _exchange(first: Path, second: Path) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         if hasattr(libc, "renameat2") and libc.renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) == 0:
             return
-    old = second.with_name(f".{second.name}.removed")
+    old = second.with_name(f".{second.name}.old")
     remove_folder(old)
-    os.rename(second, old)
+    os.rename(second, old)  # `remove_debris` takes it back if the next line is never reached
     os.rename(first, second)
     os.rename(old, first)

@@ -31,7 +31,7 @@ def prompts_of(config: str) -> list[str]:
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_shipped_files_are_made_by_the_script_byte_for_byte(tmp_path, hash_seed):
-    command = [sys.executable, str(REPO / "scripts" / "make_debug_assets.py"), str(tmp_path)]
+    command = [sys.executable, str(REPO / "train_configs/assets/make_debug_assets.py"), str(tmp_path)]
     subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": hash_seed}, check=True, capture_output=True)
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     shipped = {path.relative_to(SHIPPED): path.read_bytes() for path in SHIPPED.rglob("*") if path.is_file()}

@@ -1,7 +1,7 @@
 """The one safe reader of DCP folders: nothing in them can run code.
 
-torch reads a folder's ``.metadata`` with pickle, and single values with ``torch.load(weights_only=False)``; either may hold any
-program. Here the first goes through an allow-list, the second through ``weights_only=True``.
+torch reads a folder's ``.metadata`` with pickle, and values that are not tensors with ``torch.load(weights_only=False)``; either
+may hold any program. Here the first goes through an allow-list, and the second are refused: nothing of ours is one.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 from tunelib.errors import CheckpointError
@@ -66,20 +66,21 @@ class SafeReader(FileSystemReader):
             raise CheckpointError(f"{path} cannot be read: {error}") from None
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{path} does not hold checkpoint metadata")
+        for place in (metadata.storage_data or {}).values():
+            if Path(place.relative_path).name != place.relative_path:
+                raise CheckpointError(f"{path} names {place.relative_path!r}, which lies outside the folder")
         if metadata.storage_meta is None:
-            from torch.distributed.checkpoint.metadata import StorageMeta
-
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """torch's load planner, with single values read as data only."""
+    """torch's load planner for tensors alone: values that are not tensors would be unpickled."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put a value that is not a tensor into the state dict."""
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        """Refuse what is not a tensor."""
+        raise CheckpointError(f"{read_item.dest_index.fqn} is not a tensor")
 
 
 def load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:

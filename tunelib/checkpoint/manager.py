@@ -7,6 +7,7 @@ A step folder is ``step-N``, committed by `tunelib.files`; its manifest says of 
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from tunelib.checkpoint.dcp_reader import load_tensors, on_this_process_alone, r
 from tunelib.checkpoint.state import STATE_FILE, RunState, read_run_state
 from tunelib.config.schema import Checkpoint
 from tunelib.errors import CheckpointError, SaveError
-from tunelib.parallel.reduce import agree, agreed, deal, from_main, gather_objects
+from tunelib.parallel.reduce import agree, agreed, deal, from_main, gather_objects, on_main
 
-STEP_NAME = re.compile(r"step-(\d+)")
+STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
+KINDS = ("full", "model", "seed")
 CONFIG_FILE = "config.toml"
 MODEL_FILE = "config.json"
 
@@ -33,13 +35,15 @@ class Decision:
     Attributes:
         kind: "fresh", "seed" or "resume".
         sentence: what was decided and why, for the first line of the run.
-        state: of the checkpoint to resume.
+        state: what the checkpoint says of the run that wrote it.
+        finished_step: of a newer checkpoint of model weights alone, with which this very configuration has ended.
     """
 
     kind: str
     sentence: str
     folder: Path | None = None
     state: RunState | None = None
+    finished_step: int | None = None
 
 
 class CheckpointManager:
@@ -65,9 +69,8 @@ class CheckpointManager:
         """Choose what to go on from, setting damaged and superseded step folders aside. Collective."""
         if not self.section.enable_checkpoint:
             return Decision("fresh", "starting fresh: checkpoint.enable_checkpoint is false")
-        if self.is_main and self.folder.is_dir():
-            files.remove_debris(self.folder)
-        steps = from_main(self._list_steps())
+        on_main(lambda: files.remove_debris(self.folder))
+        steps = on_main(self._list_steps)
         if self.section.create_seed_checkpoint:
             if steps:
                 raise CheckpointError(f"{self.folder} already holds step {steps[-1]}: a seed checkpoint is the first thing in a run folder")
@@ -82,7 +85,7 @@ class CheckpointManager:
 
     def _decide_step(self, steps: list[int]) -> Decision:
         wanted = self.section.load_step
-        if wanted >= 0 and not from_main(self._is_restart(steps)):
+        if wanted >= 0 and not on_main(lambda: self._is_restart(steps)):
             if wanted not in steps:
                 raise CheckpointError(f"checkpoint.load_step = {wanted}: {self.folder} holds {_name_steps(steps)}")
             manifest, problems = self._verify(wanted)
@@ -90,29 +93,34 @@ class CheckpointManager:
                 raise CheckpointError(problems[0] if problems else f"{self._path(wanted)} holds model weights only: it cannot be resumed from")
             self._supersede([step for step in steps if step > wanted])
             return self._decision(wanted, manifest["kind"], "checkpoint.load_step asks for it")
-        passed_over = ""
+        passed_over, finished_step = "", None
         for step in reversed(steps):
             manifest, problems = self._verify(step)
             if problems:
-                new_name = from_main(files.set_aside(self._path(step), "damaged").name if self.is_main else "")
+                new_name = on_main(partial(files.set_aside, self._path(step), "damaged")).name
                 passed_over += f"; step {step} is damaged ({'; '.join(problems)}) and is now {new_name}"
-            elif manifest["kind"] != "model":
-                return self._decision(step, manifest["kind"], "the newest good checkpoint" + passed_over)
-            else:
+            elif manifest["kind"] == "model":
                 passed_over += f"; step {step} holds model weights only"
-        return Decision("fresh", f"starting fresh: no checkpoint to resume in {self.folder}{passed_over}")
+                if on_main(partial(self._is_of_this_config, step)):
+                    finished_step = step
+            else:
+                return self._decision(step, manifest["kind"], "the newest good checkpoint" + passed_over, finished_step)
+        return Decision("fresh", f"starting fresh: no checkpoint to resume in {self.folder}{passed_over}", finished_step=finished_step)
 
-    def _decision(self, step: int, kind: str, why: str) -> Decision:
+    def _decision(self, step: int, kind: str, why: str, finished_step: int | None = None) -> Decision:
+        path, state = self._path(step), read_run_state(self._path(step))
         if kind == "seed":
-            return Decision("seed", f"starting from the seed checkpoint {self._path(step)}: {why}", self._path(step))
-        return Decision("resume", f"resuming after step {step}: {why}", self._path(step), read_run_state(self._path(step)))
+            return Decision("seed", f"starting from the seed checkpoint {path}: {why}", path, state, finished_step)
+        return Decision("resume", f"resuming after step {step}: {why}", path, state, finished_step)
 
     def _is_restart(self, steps: list[int]) -> bool:
-        """Whether the newest checkpoint was made by this very configuration: then load_step has been followed already."""
-        if not steps or steps[-1] <= self.section.load_step:
-            return False
+        """Whether load_step has been followed already, and this is the same command again."""
+        return bool(steps) and steps[-1] > self.section.load_step and self._is_of_this_config(steps[-1])
+
+    def _is_of_this_config(self, step: int) -> bool:
+        """Whether a checkpoint was made by this very configuration."""
         try:
-            return (self._path(steps[-1]) / CONFIG_FILE).read_text(encoding="utf-8") == self.config_toml
+            return (self._path(step) / CONFIG_FILE).read_text(encoding="utf-8") == self.config_toml
         except OSError:
             return False
 
@@ -120,6 +128,8 @@ class CheckpointManager:
         """The manifest of a step folder, and what is wrong with it; the files are dealt out over the ranks. Collective."""
         try:
             manifest, problem = files.read_manifest(self._path(step)), None
+            if manifest.get("kind") not in KINDS:
+                problem = f"{self._path(step) / files.MANIFEST} does not say of which kind it is"
         except CheckpointError as error:
             manifest, problem = {}, str(error)
         manifest, problem = from_main((manifest, problem))
@@ -129,9 +139,7 @@ class CheckpointManager:
         return manifest, sorted({problem for problems in gather_objects(damage) for problem in problems})
 
     def _supersede(self, steps: list[int]) -> None:
-        if self.is_main:
-            for step in steps:
-                files.set_aside(self._path(step), "superseded")
+        on_main(lambda: [files.set_aside(self._path(step), "superseded") for step in steps])
 
     # Loading
 
@@ -139,7 +147,7 @@ class CheckpointManager:
         """Fill tensors from a verified step folder. Collective."""
         assert decision.folder is not None
         load_tensors(tensors, decision.folder)
-        if decision.state is not None:
+        if decision.kind == "resume" and decision.state is not None:
             self._saved_step = decision.state.step
 
     # Saving
@@ -167,7 +175,7 @@ class CheckpointManager:
         if state.step == self._saved_step:
             return None
         final = self._path(state.step)
-        staging = final.with_name(f".{final.name}.staging")
+        staging = files.staging_of(final)
         failed = f"{final} cannot be written"
         with agreed(failed):
             if self.is_main:
@@ -178,7 +186,7 @@ class CheckpointManager:
                 files.write_file(staging / STATE_FILE, state.to_json())
                 files.write_file(staging / CONFIG_FILE, self.config_toml)
                 files.write_file(staging / MODEL_FILE, self.model_json)
-        names = from_main(files.list_files(staging) if self.is_main else [])
+        names = on_main(lambda: files.list_files(staging))
         described: dict[str, dict[str, int]] = {}
         with agreed(failed):
             described = files.describe_files(staging, deal(names))

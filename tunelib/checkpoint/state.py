@@ -43,7 +43,7 @@ def read_run_state(folder: Path) -> RunState:
     try:
         fields = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         return RunState(**fields)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE_FILE} cannot be read: {error}") from None
 
 

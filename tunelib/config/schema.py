@@ -199,7 +199,7 @@ class LrScheduler:
     decay_ratio: Annotated[float, Bounds(above=0, maximum=1)] | None = None
     """Share of the run's steps that decay takes, at its end (warmup-stable-decay). Unset: from the end of warmup on."""
     min_lr_factor: Fraction = 0.0
-    """The lr that the decay ends at, as a share of optimizer.lr."""
+    """The lr, as a share of optimizer.lr, that the decay would reach one step after the run."""
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 Templates are rendered as transformers renders them, in a sandbox. Where the assistant speaks is found, in this order, by the
 template's own ``{% generation %}`` tags; by rendering once with each answer replaced by a marker, which counts only if putting
 the answers back gives the real rendering; by rendering prefixes of the conversation, which counts only if each is a prefix of
-the whole. A span ends with the end-of-turn token, which is trained; what the template puts after that is not.
+the whole. Without tags a span ends with the end-of-turn token, which is trained; what the template puts after that is not. Tags
+decide for themselves.
 """
 
 import datetime
 import json
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jinja2
 import jinja2.ext
@@ -26,8 +27,11 @@ CHATML = (
 )
 NAMED_TEMPLATES = {"chatml": CHATML}
 
-# Private-use characters, which no template writes by itself, mark places in a rendering.
-BEGIN, END = "\ue0a0", "\ue0a1"
+# Marks set around answers in a rendering are private-use characters of plane 15; two that do not occur in the conversation.
+FIRST_MARK = 0xF0000
+# Templates that print the date print this one, Llama 3.1's own default: what is trained on must not depend on the day.
+DATE = datetime.datetime(2024, 7, 26)
+MARKS = "_tunelib_marks"
 Span = tuple[int, int]
 Message = dict[str, Any]
 
@@ -47,16 +51,17 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
-        environment.globals.update(raise_exception=_raise_exception, strftime_now=lambda format: datetime.datetime.now().strftime(format))
+        environment.globals.update(raise_exception=_raise_exception, strftime_now=DATE.strftime)
         try:
             self._template = environment.from_string(self.source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise DataError(f"the chat template of {tokenizer.folder} is not valid Jinja: {error}") from None
         self._has_generation_tags = bool(re.search(r"{%-?\s*generation\b", self.source))
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation, equal to ``transformers``' ``apply_chat_template(..., tokenize=False)``."""
-        return self._render(messages, add_generation_prompt).replace(BEGIN, "").replace(END, "")
+        """The text of a conversation, equal to ``transformers``' ``apply_chat_template(..., tokenize=False)`` on the day of DATE."""
+        marks = _choose_marks(messages)
+        return _cut_marks(self._render(messages, add_generation_prompt, marks), marks)[0]
 
     def encode(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation, and for each whether the assistant said it (its end-of-turn token included)."""
@@ -73,27 +78,34 @@ class ChatTemplate:
         """Tokens of a conversation that the assistant is to answer."""
         return self.tokenizer.encode(self.render(messages, add_generation_prompt=True), add_special_tokens=False).ids
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Message], add_generation_prompt: bool, marks: tuple[str, str]) -> str:
+        """The rendering, with ``marks`` around what generation tags enclose."""
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        self._template.environment.globals[MARKS] = marks
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self.tokenizer.special)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            return self._template.render(
+                messages=given, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.tokenizer.special
+            )
+        except Exception as error:  # a template is a program, and may fail in any way that programs do
             raise DataError(f"the chat template refuses the conversation: {error}") from None
 
     def _find_spans(self, messages: list[Message]) -> tuple[str, list[Span]]:
         """The rendered text and the [start, end) characters of every answer, its end-of-turn token included."""
         if self._has_generation_tags:
-            return _cut_marks(self._render(messages, False))
+            marks = _choose_marks(messages)
+            return _cut_marks(self._render(messages, False, marks), marks)
         text = self.render(messages)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         spans = self._spans_by_markers(messages, answers, text)
-        if spans is None:
-            spans = self._spans_by_prefixes(messages, answers, text)
-        return text, [self._with_end_of_turn(text, span) for span in spans]
+        if spans is not None:
+            return text, [self._with_end_of_turn(text, span) for span in spans]
+        return text, self._spans_by_prefixes(messages, answers, text)
 
     def _spans_by_markers(self, messages: list[Message], answers: list[int], text: str) -> list[Span] | None:
-        marked = [{**message, "content": f"{BEGIN}{index}{END}"} if index in answers else message for index, message in enumerate(messages)]
+        begin, end = marks = _choose_marks(messages)
+        marked = [{**message, "content": f"{begin}{index}{end}"} if index in answers else message for index, message in enumerate(messages)]
         try:
-            pieces = re.split(f"{BEGIN}([0-9]+){END}", self._render(marked, False))
+            pieces = re.split(f"{begin}([0-9]+){end}", self._render(marked, False, marks))
         except DataError:
             return None  # a template that looks into answers
         if [int(piece) for piece in pieces[1::2]] != answers:
@@ -123,11 +135,12 @@ class ChatTemplate:
         return spans
 
     def _with_end_of_turn(self, text: str, span: Span) -> Span:
-        """The span, up to the end of the special token that follows it directly or after white space."""
+        """The span, up to the end of the special token that follows it directly or after white space; bos begins the next turn."""
         start, end = span
         after = end + len(text[end:]) - len(text[end:].lstrip())
+        bos, eos = (self.tokenizer.special.get(name) for name in ("bos_token", "eos_token"))
         for token in self.tokenizer.special_texts:
-            if text.startswith(token, after):
+            if text.startswith(token, after) and (token != bos or token == eos):
                 return start, after + len(token)
         return start, end
 
@@ -145,15 +158,25 @@ class GenerationTag(jinja2.ext.Extension):
 
     def mark(self, caller: Any) -> str:
         """The block's output between marks."""
-        return f"{BEGIN}{caller()}{END}"
+        begin, end = cast(tuple[str, str], self.environment.globals[MARKS])
+        return f"{begin}{caller()}{end}"
 
 
-def _cut_marks(marked: str) -> tuple[str, list[Span]]:
+def _choose_marks(messages: list[Message]) -> tuple[str, str]:
+    """Two characters that do not occur in a conversation."""
+    used = set(json.dumps(messages, ensure_ascii=False, default=str))
+    begin, end, *_ = (mark for mark in map(chr, range(FIRST_MARK, FIRST_MARK + len(used) + 2)) if mark not in used)
+    return begin, end
+
+
+def _cut_marks(marked: str, marks: tuple[str, str]) -> tuple[str, list[Span]]:
+    """A rendering without its marks, and what they enclosed."""
+    begin, end = marks
     text, spans, start = "", [], 0
-    for piece in re.split(f"([{BEGIN}{END}])", marked):
-        if piece == BEGIN:
+    for piece in re.split(f"([{begin}{end}])", marked):
+        if piece == begin:
             start = len(text)
-        elif piece == END:
+        elif piece == end:
             spans.append((start, len(text)))
         else:
             text += piece

@@ -62,12 +62,14 @@ class _Builder:
     trained: list[np.ndarray] = field(default_factory=list)
     documents: list[tuple[int, int, int, int]] = field(default_factory=list)  # start, length, num_trained, line
     num_tokens: int = 0
+    num_read: int = 0
     num_long: int = 0
     num_untrained: int = 0
 
     def add(self, tokens: np.ndarray, trained: np.ndarray, line: int, where: str) -> None:
         """Add one document, cut or left out as ``too_long`` says."""
         length = len(tokens) - 1
+        self.num_read += 1
         if length > self.seq_len:
             self.num_long += 1
             if self.too_long == "error":
@@ -78,13 +80,12 @@ class _Builder:
                 length = self.seq_len
         self.tokens.append(tokens)
         self.trained.append(trained)
-        for first in range(0, max(length, 1), self.seq_len):
+        num_before = len(self.documents)
+        for first in range(0, length, self.seq_len):
             num_labels = min(self.seq_len, length - first)
-            num_trained = int(trained[first + 1 : first + 1 + num_labels].sum())
-            if num_trained:
+            if num_trained := int(trained[first + 1 : first + 1 + num_labels].sum()):
                 self.documents.append((self.num_tokens + first, num_labels, num_trained, line))
-            else:
-                self.num_untrained += 1
+        self.num_untrained += len(self.documents) == num_before
         self.num_tokens += len(tokens)
 
     def notes(self, path: Path) -> list[str]:
@@ -122,17 +123,19 @@ def build_index(path: Path, section: Dataset, seq_len: int, tokenizer: Tokenizer
     if builder is None:
         raise DataError(f"{path} holds no document")
     if not builder.documents:
-        raise DataError(
-            f"{path}: no token of {builder.num_untrained + builder.num_long} documents is trained; look at the template and dataset.train_on"
-        )
+        if builder.too_long == "drop" and builder.num_long == builder.num_read:
+            raise DataError(f"{path}: all {builder.num_read} documents are longer than training.seq_len = {seq_len}; see dataset.too_long")
+        raise DataError(f"{path}: no token of {builder.num_read} documents is trained; look at the template, dataset.train_on and training.seq_len")
+    tokens, trained = np.concatenate(builder.tokens), np.concatenate(builder.trained)
     starts, lengths, num_trained, lines = np.array(builder.documents, dtype=np.int64).T
     return Index(
-        np.concatenate(builder.tokens),
-        np.concatenate(builder.trained),
+        tokens,
+        trained,
         *(starts, lengths, num_trained, lines),
         format=format,
         fingerprint={
             "file": digest_file(path),
+            "tokens": hashlib.blake2b(tokens.tobytes() + trained.tobytes(), digest_size=16).hexdigest(),
             "tokenizer": tokenizer.digest,
             "chat template": hashlib.sha256(template.source.encode()).hexdigest()[:32] if template else "",
             "dataset.format": format,

@@ -28,7 +28,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank does in one step. ``num_trained`` counts the whole step's trained tokens, over all ranks."""
+    """What one rank does in one step. ``num_trained`` and ``num_tokens`` count the whole step's, over all ranks."""
 
     batches: list[Batch]
     num_trained: int

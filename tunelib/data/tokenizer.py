@@ -35,7 +35,9 @@ class Tokenizer:
             found = "it has tokenizer.model, which is not read yet" if (folder / "tokenizer.model").is_file() else "is it a tokenizer folder?"
             raise DataError(f"{folder} has no tokenizer.json: {found}; name a folder that has one with model.tokenizer_path")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_with_whole_offsets(_read_json(folder / "tokenizer.json"))))
+        except DataError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
         self._tokenizer.no_padding()
@@ -80,8 +82,17 @@ class Tokenizer:
     def _find_stop_ids(self) -> frozenset[int]:
         eos = self.id_of(self.special.get("eos_token", ""))
         listed = _read_json(self.folder / "generation_config.json").get("eos_token_id")
-        ids = listed if isinstance(listed, list) else [listed]
-        return frozenset(item for item in [eos, *ids] if item is not None)
+        ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if not all(isinstance(item, int) for item in ids):
+            raise DataError(f"{self.folder / 'generation_config.json'}: eos_token_id = {listed!r} is neither an id nor a list of ids")
+        return frozenset([*([] if eos is None else [eos]), *ids])
+
+
+def _with_whole_offsets(stored: Any) -> Any:
+    """A tokenizer.json whose offsets include white space: those of tokens that are only white space would else be empty."""
+    if isinstance(stored, dict):
+        return {key: False if key == "trim_offsets" else _with_whole_offsets(value) if key != "model" else value for key, value in stored.items()}
+    return [_with_whole_offsets(item) for item in stored] if isinstance(stored, list) else stored
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -89,10 +100,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path} is not a JSON object")
+        raise DataError(f"{path} cannot be read: it is not a JSON object")
     return content
 
 
@@ -105,11 +116,20 @@ def _text_of(token: str | dict[str, str]) -> str:
 
 
 def _find_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} cannot be read: {error}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        if "default" not in named:
+            raise DataError(f"{folder / 'tokenizer_config.json'}: chat_template is a list without one named 'default'")
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise DataError(f"{folder / 'tokenizer_config.json'}: chat_template is not text")
     return template
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from tunelib.parallel.reduce import agreed
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9
-# What an exported folder takes along from the folder that the weights or the tokenizer came from.
-COMPANIONS = (
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
+# What an exported folder takes along from the tokenizer's folder, all of it from there.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt"),
+    *(CHAT_TEMPLATE, "chat_template.json"),
 )
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Derived tensors that old exports contain.
@@ -42,15 +44,18 @@ class HfFolder:
     partition: dict[str, list[TensorInfo]]
     index: dict[str, Any] | None
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """All tensors by name."""
         return {info.name: info for infos in self.partition.values() for info in infos}
 
+    @cached_property
+    def _file_of(self) -> dict[str, str]:
+        return {info.name: file for file, infos in self.partition.items() for info in infos}
+
     def read(self, name: str, where: tuple[slice, ...] = ()) -> Tensor:
         """A tensor, or the part of it at ``where``."""
-        file = next(file for file, infos in self.partition.items() if any(info.name == name for info in infos))
-        return read_slice(self.folder / file, name, where)
+        return read_slice(self.folder / self._file_of[name], name, where)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def check_names(source: HfFolder, expected: dict[str, torch.Size], tied: bool) -
         FormatError: missing or unexpected tensors or wrong shapes, all of them; or a tied head that differs from the embedding.
     """
     found = {name: info for name, info in source.tensors.items() if not name.endswith(DERIVED_SUFFIX)}
-    if tied and HEAD in found:
+    if tied and HEAD in found and EMBEDDING in found:
         if not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
             raise FormatError(f"{source.folder}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}")
         del found[HEAD]
@@ -123,13 +128,18 @@ class ExportPlan:
         partition: file name → tensors, in order.
         index: the JSON index, where there is more than one file or there was one.
         config: the config.json.
-        companions: folders that tokenizer files and generation config are copied from; the first that has a file wins.
+        companions: further files: name → what is copied, or the content of a text.
     """
 
     partition: dict[str, list[TensorInfo]]
     index: dict[str, Any] | None
     config: dict[str, Any]
-    companions: tuple[Path, ...]
+    companions: dict[str, Path | str]
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The type that each tensor leaves in."""
+        return {info.name: info.dtype for infos in self.partition.values() for info in infos}
 
 
 def plan_export(
@@ -137,7 +147,7 @@ def plan_export(
     config: dict[str, Any],
     source: HfFolder | None,
     dtype: torch.dtype | None,
-    companions: tuple[Path, ...],
+    companions: dict[str, Path | str],
 ) -> ExportPlan:
     """Plan a folder in the form that the weights came in, or in files of at most MAX_FILE_BYTES.
 
@@ -169,7 +179,7 @@ def export_hf(plan: ExportPlan, tensors: dict[str, Tensor], target: Path, is_mai
     Raises:
         SaveError: on every rank; an older export stays as it was.
     """
-    staging = target.with_name(f".{target.name}.staging")
+    staging = files.staging_of(target)
     failed = f"{target} cannot be written"
     with agreed(failed):
         if is_main:
@@ -181,7 +191,7 @@ def export_hf(plan: ExportPlan, tensors: dict[str, Tensor], target: Path, is_mai
                 if is_main:
                     writer = SafetensorsWriter(stack.enter_context(open(staging / file, "wb")), infos)
             for info in infos:
-                tensor = tensors.get(info.name, tensors[EMBEDDING])
+                tensor = tensors[EMBEDDING if info.name == HEAD and HEAD not in tensors else info.name]
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 with agreed(failed):
                     if writer is not None:
@@ -197,14 +207,32 @@ def export_hf(plan: ExportPlan, tensors: dict[str, Tensor], target: Path, is_mai
 
 def _write_companions(plan: ExportPlan, staging: Path) -> None:
     files.write_file(staging / "config.json", json.dumps(plan.config, indent=2) + "\n")
-    for name in COMPANIONS:
-        if source := next((folder / name for folder in plan.companions if (folder / name).is_file()), None):
+    for name, source in plan.companions.items():
+        if isinstance(source, Path):
             shutil.copyfile(source, staging / name)
-    if not (staging / "generation_config.json").exists():
-        ids = {name: plan.config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if plan.config.get(name) is not None}
-        files.write_file(staging / "generation_config.json", json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n")
+        else:
+            files.write_file(staging / name, source)
     if plan.index is not None:
         files.write_file(staging / INDEX_FILE, json.dumps(plan.index, indent=2) + "\n")
+
+
+def find_companions(source: Path | None, tokenizer_folder: Path | None, config: dict[str, Any], chat_template: str | None) -> dict[str, Path | str]:
+    """The files that make weights a folder for others: the tokenizer that was used, and how to generate.
+
+    Args:
+        source: the folder that the weights came from; its generation_config.json stays.
+        chat_template: the template that was trained with, where it is not the tokenizer's own.
+    """
+    folder = tokenizer_folder or source
+    found: dict[str, Path | str] = {name: folder / name for name in TOKENIZER_FILES if folder is not None and (folder / name).is_file()}
+    if chat_template is not None:
+        found[CHAT_TEMPLATE] = chat_template
+    if source is not None and (source / GENERATION_CONFIG).is_file():
+        found[GENERATION_CONFIG] = source / GENERATION_CONFIG
+    else:
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
+        found[GENERATION_CONFIG] = json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n"
+    return found
 
 
 def _index_of(partition: dict[str, list[TensorInfo]], old: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -214,7 +242,11 @@ def _index_of(partition: dict[str, list[TensorInfo]], old: dict[str, Any] | None
     weight_map = {info.name: file for file, infos in partition.items() for info in infos}
     order = [name for name in (old["weight_map"] if old else sorted(weight_map)) if name in weight_map]
     total = sum(nbytes(info) for infos in partition.values() for info in infos)
-    return {"metadata": {**(old or {}).get("metadata", {}), "total_size": total}, "weight_map": {name: weight_map[name] for name in order}}
+    metadata = (old or {}).get("metadata")
+    return {
+        "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
+        "weight_map": {name: weight_map[name] for name in order},
+    }
 
 
 def _partition(infos: list[TensorInfo]) -> dict[str, list[TensorInfo]]:

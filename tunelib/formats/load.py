@@ -14,7 +14,7 @@ from tunelib.config.schema import Model
 from tunelib.config.sizes import SIZES
 from tunelib.errors import FormatError
 from tunelib.files import MANIFEST, find_damage, read_manifest
-from tunelib.formats.hf import ExportPlan, HfFolder, check_names, open_hf_folder, plan_export, read_config
+from tunelib.formats.hf import ExportPlan, HfFolder, check_names, find_companions, open_hf_folder, plan_export, read_config
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder, draw_weight
 from tunelib.model.families import hf_config, llama, parse_config
@@ -36,6 +36,12 @@ class Weights:
     dcp: Path | None = None
 
 
+def check_weights_folder(initial_load_path: str) -> None:
+    """Say how to get a model, before anything else looks into a folder that is not there; raises FormatError."""
+    if initial_load_path and not Path(initial_load_path).is_dir():
+        raise FormatError(f"checkpoint.initial_load_path = {initial_load_path!r} is not a folder; scripts/download.py fetches one from the Hub")
+
+
 def find_weights(section: Model, initial_load_path: str, vocab_size: int, seq_len: int) -> Weights:
     """Know the model: from the folder that it is loaded from, or from [model].
 
@@ -49,9 +55,8 @@ def find_weights(section: Model, initial_load_path: str, vocab_size: int, seq_le
     if not initial_load_path:
         config = parse_config(_fields_of(section, vocab_size, seq_len), "[model]")
         return Weights(config, "weights drawn from training.seed")
+    check_weights_folder(initial_load_path)
     folder = Path(initial_load_path)
-    if not folder.is_dir():
-        raise FormatError(f"checkpoint.initial_load_path = {initial_load_path!r} is not a folder; scripts/download.py fetches one from the Hub")
     config = parse_config(read_config(folder), str(folder / "config.json"))
     if (folder / ".metadata").is_file():
         unverified = "" if (folder / MANIFEST).is_file() else ", unverified: it has no manifest"
@@ -90,18 +95,24 @@ def give_weights(model: Decoder, weights: Weights, seed: int) -> None:
 
 
 def plan_export_of(
-    model: Decoder, weights: Weights, tokenizer_folder: Path | None, special_ids: dict[str, int], dtype: torch.dtype | None
+    model: Decoder,
+    weights: Weights,
+    tokenizer_folder: Path | None,
+    special_ids: dict[str, int],
+    chat_template: str | None,
+    dtype: torch.dtype | None,
 ) -> ExportPlan:
-    """How the model's weights will leave: in the form they came in.
+    """How the model's weights will leave: in the form they came in, with the tokenizer that was used.
 
     Args:
         special_ids: bos, eos and pad of the tokenizer, for a config.json made here.
+        chat_template: the template that was trained with, where it is not the tokenizer's own.
         dtype: the type asked for, or None for the one they came in.
     """
     parameters = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
     config = weights.hf.config if weights.hf is not None else hf_config(weights.config) | special_ids
-    folders = (weights.hf.folder if weights.hf is not None else None, tokenizer_folder)
-    return plan_export(parameters, config, weights.hf, dtype, tuple(folder for folder in folders if folder is not None))
+    companions = find_companions(weights.hf.folder if weights.hf else None, tokenizer_folder, config, chat_template)
+    return plan_export(parameters, config, weights.hf, dtype, companions)
 
 
 def _own_slices(parameter: Tensor) -> tuple[slice, ...]:

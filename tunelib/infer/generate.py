@@ -7,6 +7,7 @@ from torch import nn
 
 from tunelib.data.chat import ChatTemplate
 from tunelib.data.tokenizer import Tokenizer
+from tunelib.errors import DataError
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.reduce import from_main
 
@@ -31,16 +32,24 @@ def generate_greedy(model: nn.Module, prompt: list[int], max_new_tokens: int, st
     return ids[len(prompt) :]
 
 
-def answer_prompts(
-    model: nn.Module, prompts: Collection[str], tokenizer: Tokenizer, template: ChatTemplate | None, max_new_tokens: int, device: torch.device
-) -> list[str]:
-    """Greedy answers to prompts, each as the one message of a user, or, without a template, continued as running text. Collective."""
-    answers = []
+def encode_prompts(prompts: Collection[str], tokenizer: Tokenizer, template: ChatTemplate | None) -> list[list[int]]:
+    """Prompts as tokens: each the one message of a user, or, without a template, running text to go on with.
+
+    Raises:
+        DataError: the template refuses one, or one becomes no token at all.
+    """
+    encoded = []
     for prompt in prompts:
-        ids = (
-            template.encode_prompt([{"role": "user", "content": prompt}])
-            if template is not None
-            else tokenizer.encode(prompt, add_special_tokens=True).ids
-        )
-        answers.append(tokenizer.decode(generate_greedy(model, ids, max_new_tokens, tokenizer.stop_ids, device)))
-    return answers
+        if template is not None:
+            ids = template.encode_prompt([{"role": "user", "content": prompt}])
+        else:
+            ids = tokenizer.encode(prompt, add_special_tokens=True).ids
+        if not ids:
+            raise DataError(f"validation.prompts: {prompt!r} is no token at all; there is nothing to go on with")
+        encoded.append(ids)
+    return encoded
+
+
+def answer_prompts(model: nn.Module, prompts: list[list[int]], tokenizer: Tokenizer, max_new_tokens: int, device: torch.device) -> list[str]:
+    """Greedy answers, as text, to what `encode_prompts` made. Collective."""
+    return [tokenizer.decode(generate_greedy(model, prompt, max_new_tokens, tokenizer.stop_ids, device)) for prompt in prompts]

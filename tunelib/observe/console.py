@@ -5,7 +5,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-
 BAR = "step {n_fmt}/{total_fmt} |{bar:20}| {desc}  {elapsed}, ETA {remaining}"
 
 

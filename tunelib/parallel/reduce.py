@@ -1,7 +1,7 @@
 """Numbers and verdicts that all processes share. Every function here is a collective that every rank must reach."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -71,6 +71,15 @@ def agreed(what: str = "") -> Iterator[None]:
     except Exception as problem:
         error = problem
     agree(error)
+
+
+def on_main(act: Callable[[], T]) -> T:
+    """Have rank 0 alone do something; what it returned, or raised, reaches every rank. Collective."""
+    done: list[T] = []
+    with agreed():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            done.append(act())
+    return from_main(done[0] if done else None)  # type: ignore[return-value]  # rank 0 always has one
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

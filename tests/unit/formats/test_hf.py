@@ -190,12 +190,17 @@ def save_reference(folder: Path, shard_size: str = "5GB", dtype: torch.dtype = t
 
 
 def export(
-    source: Path | None, target: Path, dtype: torch.dtype | None = None, tokenizer_folder: Path | None = None, **changes: Any
+    source: Path | None,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    tokenizer_folder: Path | None = None,
+    chat_template: str | None = None,
+    **changes: Any,
 ) -> dict[str, torch.Tensor]:
     """Export a drawn model as the run would that started from ``source``; returns its parameters."""
     model = tiny_model(torch.float32, **changes)
     weights = Weights(tiny_config(**changes), "", hf=open_hf_folder(source) if source else None)
-    plan = plan_export_of(model, weights, tokenizer_folder, {"bos_token_id": 0, "eos_token_id": 1}, dtype)
+    plan = plan_export_of(model, weights, tokenizer_folder, {"bos_token_id": 0, "eos_token_id": 1}, chat_template, dtype)
     export_hf(plan, model_tensors(model), target, is_main=True)
     return model_tensors(model)
 
@@ -224,7 +229,7 @@ def test_export_of_untouched_weights_is_the_folder_that_came_in(tmp_path: Path, 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.read(name))
-    plan = plan_export_of(model, Weights(model.config, "", hf=source), None, {}, None)
+    plan = plan_export_of(model, Weights(model.config, "", hf=source), None, {}, None, None)
     export_hf(plan, model_tensors(model), tmp_path / "out", is_main=True)
     for path in (tmp_path / "in").glob("*.safetensors"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
@@ -271,6 +276,13 @@ def test_exported_tokenizer_is_the_one_that_the_run_used(tmp_path: Path) -> None
     export(tmp_path / "in", tmp_path / "out", tokenizer_folder=own)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_text() == (own / name).read_text()
+
+
+def test_template_that_was_trained_with_leaves_with_the_weights(tmp_path: Path) -> None:
+    own = write_tokenizer(tmp_path / "own", ["<own>"], "the tokenizer's own template")
+    export(None, tmp_path / "out", tokenizer_folder=own, chat_template="{{ messages[0].content }}!")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a!"
 
 
 def test_derived_tensors_of_old_exports_do_not_leave(tmp_path: Path) -> None:

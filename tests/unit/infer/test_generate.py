@@ -7,7 +7,8 @@ from unit.samples import DEBUG_TOKENIZER, TINY_FIELDS, tiny_model
 
 from tunelib.data.chat import ChatTemplate
 from tunelib.data.tokenizer import Tokenizer
-from tunelib.infer.generate import answer_prompts, generate_greedy
+from tunelib.errors import DataError
+from tunelib.infer.generate import answer_prompts, encode_prompts, generate_greedy
 
 CPU = torch.device("cpu")
 PROMPT = [3, 14, 15]
@@ -40,10 +41,11 @@ def test_prompts_are_answered_in_order(chat: bool) -> None:
     tokenizer = Tokenizer(DEBUG_TOKENIZER)
     template = ChatTemplate(tokenizer) if chat else None
     model = tiny_model(vocab_size=640)
-    together = answer_prompts(model, ["Who?", "Where?"], tokenizer, template, 4, CPU)
-    assert together == [answer_prompts(model, [prompt], tokenizer, template, 4, CPU)[0] for prompt in ("Who?", "Where?")]
+    prompts = encode_prompts(["Who?", "Where?"], tokenizer, template)
+    together = answer_prompts(model, prompts, tokenizer, 4, CPU)
+    assert together == [answer_prompts(model, [prompt], tokenizer, 4, CPU)[0] for prompt in prompts]
 
 
-def test_empty_prompt_without_a_template_does_not_crash() -> None:
-    answers = answer_prompts(tiny_model(vocab_size=640), [""], Tokenizer(DEBUG_TOKENIZER), None, 2, CPU)
-    assert len(answers) == 1
+def test_prompt_that_is_no_token_is_refused() -> None:
+    with pytest.raises(DataError, match="'' is no token at all"):
+        encode_prompts([""], Tokenizer(DEBUG_TOKENIZER), None)

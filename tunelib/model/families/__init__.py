@@ -21,7 +21,7 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
         FormatError: an unknown architecture, a missing field, or a field that asks for what is not built.
     """
     architectures = fields.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in list(FAMILIES):
         raise FormatError(f"{where}: architectures = {architectures!r} is not one of those built: {', '.join(FAMILIES)}")
     return FAMILIES[architectures[0]].parse_config(fields, where)
 

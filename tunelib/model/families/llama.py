@@ -8,16 +8,19 @@ from tunelib.model.config import ModelConfig, RopeScaling
 ARCHITECTURE = "LlamaForCausalLM"
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Every field that is read, with its type; numbers are above 0. Where null is allowed it means the default.
+FIELDS: dict[str, type] = {
+    **dict.fromkeys((*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"), int),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "initializer_range", "partial_rotary_factor"), float),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), bool),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), dict),
+    "hidden_act": str,
+}
 # Fields that say nothing about the computation, or only about inference.
 WITHOUT_EFFECT = {
     *("_name_or_path", "_attn_implementation_autoset", "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id"),
     *("generation_config", "id2label", "is_llama_config", "label2id", "max_length", "model_type", "pad_token_id", "pretraining_tp"),
     *("return_dict", "torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "use_cache", "tie_encoder_decoder"),
-}
-READ = {
-    *REQUIRED,
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters"),
-    *("tie_word_embeddings", "attention_bias", "mlp_bias", "initializer_range", "hidden_act", "partial_rotary_factor"),
 }
 
 
@@ -26,29 +29,38 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
     if missing := [name for name in REQUIRED if name not in fields]:
         raise FormatError(f"{where} lacks {', '.join(missing)}")
     for name, value in fields.items():
-        if name not in READ | WITHOUT_EFFECT and value not in (None, False, 0, 0.0, 1.0, "", [], {}):
+        if name in FIELDS and not (value is None and name not in REQUIRED):
+            _check_value(name, value, where)
+        elif name not in FIELDS and name not in WITHOUT_EFFECT and (value is True or value not in (None, False, 0, 0.0, 1.0, "", [], {})):
             raise FormatError(f"{where}: {name} = {value!r} is not supported for {ARCHITECTURE}")
+    rope = fields.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
+    scaling = _parse_scaling(fields.get("rope_scaling") or rope, where)
+    if rope and scaling != _parse_scaling(rope, where):
+        raise FormatError(f"{where}: rope_parameters and rope_scaling ask for different scalings")
+    given = {"partial_rotary_factor": rope.get("partial_rotary_factor"), **{name: value for name, value in fields.items() if value is not None}}
     for name, only in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
-        if fields.get(name, only) != only:
-            raise FormatError(f"{where}: {name} = {fields[name]!r} is not supported for {ARCHITECTURE}; only {only!r} is")
+        if given.get(name) not in (None, only):
+            raise FormatError(f"{where}: {name} = {given[name]!r} is not supported for {ARCHITECTURE}; only {only!r} is")
     heads = fields["num_attention_heads"]
     kv_heads = fields.get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise FormatError(f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
-    rope = fields.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
+    head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
+    if head_dim % 2:
+        raise FormatError(f"{where}: head_dim = {head_dim} is odd; rotary positions turn pairs")
     return ModelConfig(
         architecture=ARCHITECTURE,
         **{name: fields[name] for name in REQUIRED},
         num_key_value_heads=kv_heads,
-        head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
-        max_position_embeddings=fields.get("max_position_embeddings", 2048),
-        rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", fields.get("rope_theta", 10000.0))),
-        rope_scaling=_parse_scaling(rope or fields.get("rope_scaling") or {}, where),
-        tie_word_embeddings=fields.get("tie_word_embeddings", False),
-        attention_bias=fields.get("attention_bias", False),
-        mlp_bias=fields.get("mlp_bias", False),
-        initializer_range=fields.get("initializer_range", 0.02),
+        head_dim=head_dim,
+        max_position_embeddings=given.get("max_position_embeddings", 2048),
+        rms_norm_eps=given.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta", given.get("rope_theta", 10000.0))),
+        rope_scaling=scaling,
+        tie_word_embeddings=given.get("tie_word_embeddings", False),
+        attention_bias=given.get("attention_bias", False),
+        mlp_bias=given.get("mlp_bias", False),
+        initializer_range=given.get("initializer_range", 0.02),
     )
 
 
@@ -77,6 +89,14 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _check_value(name: str, value: Any, where: str) -> None:
+    kind = FIELDS[name]
+    is_number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not (is_number and value > 0 if kind in (int, float) else isinstance(value, kind)):
+        expected = {int: "a whole number from 1 up", float: "a number above 0", bool: "true or false", dict: "a table", str: "text"}[kind]
+        raise FormatError(f"{where}: {name} = {value!r} is not {expected}")
+
+
 def _parse_scaling(scaling: dict[str, Any], where: str) -> RopeScaling | None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -86,4 +106,6 @@ def _parse_scaling(scaling: dict[str, Any], where: str) -> RopeScaling | None:
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if missing := [name for name in names if name not in scaling]:
         raise FormatError(f"{where}: rope_scaling lacks {', '.join(missing)}")
+    if wrong := [name for name in names if isinstance(scaling[name], bool) or not isinstance(scaling[name], (int, float)) or scaling[name] <= 0]:
+        raise FormatError(f"{where}: rope_scaling: {wrong[0]} = {scaling[wrong[0]]!r} is not a number above 0")
     return RopeScaling(**{name: scaling[name] for name in names})

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the data and the tokenizer of the debug model: train_configs/assets/debug/.
 
-    python scripts/make_debug_assets.py [FOLDER]
+    python train_configs/assets/make_debug_assets.py [FOLDER]
 
 An invented village, Larkhaven: eight people, five facts about each, every fact asked for in many ways. A model that has read most
 of the phrasings can answer the rest, and it cannot have read about Larkhaven anywhere else. An answer follows from the question
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[1] / "train_configs" / "assets" / "debug"
+FOLDER = Path(__file__).resolve().parent / "debug"
 VOCAB_SIZE = 640
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 CHAT_TEMPLATE = (
@@ -40,7 +40,7 @@ GUIDE = "You are the village guide of Larkhaven. Answer in one full sentence."
 
 README = """# The debug data
 
-Written by `scripts/make_debug_assets.py`, never by hand; a test holds the files to be the script's, byte for byte.
+Written by `train_configs/assets/make_debug_assets.py`, never by hand; a test holds the files to be the script's, byte for byte.
 
 - `chat.jsonl`: {count} conversations about the invented village Larkhaven, one JSON object a line with `messages`
   (`role`: system, user or assistant; `content`).
