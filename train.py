@@ -39,7 +39,7 @@ from tunelib.parallel.apply import spread_model
 from tunelib.parallel.fsdp import forward_only, set_gradient_sync
 from tunelib.parallel.mesh import build_layout
 from tunelib.parallel.reduce import agreed, clip_gradients, sum_over_ranks
-from tunelib.parallel.runtime import DTYPES, Runtime, hold_folder, run_main, start, step_timeout
+from tunelib.parallel.runtime import DTYPES, Runtime, hold_folder, leave, run_main, start, step_timeout
 from tunelib.schedule import lr_factor
 
 
@@ -247,4 +247,4 @@ def evaluate(model: Decoder, data: HeldOutData, runtime: Runtime) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:]))
+    leave(run_main(main, sys.argv[1:]))

@@ -8,9 +8,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
+from tunelib.parallel.runtime import leave, run_main
 
-if __name__ == "__main__":
-    cases, ports = json.loads(sys.argv[1])
+
+def run_cases(arguments: list[str]) -> None:
+    """Each case's words through train.py, on a port of its own."""
+    cases, ports = json.loads(arguments[0])
     for words, port in zip(cases, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         train.main(words)
+
+
+if __name__ == "__main__":
+    leave(run_main(run_cases, sys.argv[1:]))

@@ -7,9 +7,11 @@ import os
 import random
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -125,7 +127,7 @@ def step_timeout(comm: Comm, active: bool) -> Iterator[None]:
 def run_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a program's main function; the exit code, also for run_train.sh, which cannot learn it through torchrun.
 
-    What the user can mend is printed by one process as a sentence; everything else travels on as a traceback.
+    What the user can mend is printed by one process as a sentence; everything else as a traceback by the process that met it.
     """
     try:
         main(argv)
@@ -136,10 +138,22 @@ def run_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
         return _leave_exit_code(error.exit_code)
     except (torch.OutOfMemoryError, MemoryError) as error:
         return _leave_exit_code(_report_memory(error))
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        return _leave_exit_code(_report_memory(error))
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+            return _leave_exit_code(_report_memory(error))
+        traceback.print_exc()
+        return _leave_exit_code(1)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once, its output written.
+
+    The interpreter's own way out would abort now and then: a thread of gloo may still wait for the interpreter to release the
+    last collective's tensors, and is torn down while it waits ("terminate called without an active exception").
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _report_memory(error: BaseException) -> int:
