@@ -3,17 +3,21 @@
 import json
 import os
 import re
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Run, run_processes
+from conftest import ROOT, Run, run_processes, write_chats, write_toml
 from safetensors.torch import load_file
 
 from tunelib.config import load_config
 from tunelib.data.tokenizer import Tokenizer
+from tunelib.errors import ConfigError
+from tunelib.files import lock_folder
 from tunelib.formats.load import find_weights, give_weights
 from tunelib.model.decoder import Decoder, build_on_meta
 
@@ -146,11 +150,52 @@ def test_run_on_several_processes_tells_torchrun_the_exit_code(tmp_path: Path) -
 
 
 def test_two_runs_never_write_to_one_folder(tmp_path: Path, train: Callable[..., Run]) -> None:
-    from conftest import write_chats, write_toml
-
-    from tunelib.errors import ConfigError
-    from tunelib.files import lock_folder
-
     toml = write_toml(tmp_path / "tiny.toml", write_chats(tmp_path / "chats.jsonl", 40))
     with lock_folder(tmp_path / "run"), pytest.raises(ConfigError, match="another run is writing"):
         train(toml, "--training.steps", "1", folder=tmp_path / "run")
+
+
+def test_resolved_toml_starts_the_same_run_again(tmp_path: Path, train: Callable[..., Run]) -> None:
+    toml = write_toml(tmp_path / "tiny.toml", write_chats(tmp_path / "chats.jsonl", 60), "[lr_scheduler]\nwarmup_steps = 2\n")
+    words = ["--training.steps", "4", "--training.seed", "3", "--checkpoint.enable_checkpoint"]
+    run = train(toml, *words)
+    for resolved in (run.folder / "config.toml", run.folder / "checkpoint/step-4/config.toml"):
+        again = train(resolved)
+        assert again.series("loss") == run.series("loss")
+        assert all(torch.equal(again.weights()[name], weight) for name, weight in run.weights().items())
+
+
+def test_workers_die_with_the_launcher_even_if_it_is_killed(tmp_path: Path) -> None:
+    toml = write_toml(tmp_path / "tiny.toml", write_chats(tmp_path / "chats.jsonl", 60))
+    words = ["--training.steps", "100000", "--job.dump_folder", str(tmp_path / "run")]
+    launcher = subprocess.Popen(["./run_train.sh", *words], cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"NGPU": "2", "CONFIG": str(toml)})
+    workers: list[int] = []
+    try:
+        deadline = time.monotonic() + 90
+        while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        workers = children_of(launcher.pid)
+        assert len(workers) == 2
+        launcher.kill()
+        launcher.wait()
+        deadline = time.monotonic() + 20
+        while any(is_running(worker) for worker in workers) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(is_running(worker) for worker in workers)
+    finally:
+        launcher.kill()
+        launcher.wait()
+        for worker in filter(is_running, workers):
+            os.kill(worker, signal.SIGKILL)
+
+
+def children_of(parent: int) -> list[int]:
+    """The processes that run train.py for this launcher."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+    rows = [line.split(None, 2) for line in listed]
+    return [int(pid) for pid, ppid, words in rows if int(ppid) == parent and "train.py" in words]
+
+
+def is_running(process: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")

@@ -49,8 +49,8 @@ RENAMED = {
 
 REPLACED = {
     "model.name": 'the model follows from its weights (checkpoint.initial_load_path) or from model.flavor, such as "llama3.2-1b"',
-    "optimizer.fused": "the fused implementation is always used",
-    "optimizer.implementation": "the fused implementation is always used",
+    "optimizer.fused": "AdamW is always torch's fused one",
+    "optimizer.implementation": "AdamW is always torch's fused one",
     "training.gradient_accumulation_steps": "it follows from training.global_batch_size and training.local_batch_size",
     "experimental.gradient_accumulation_steps": "it follows from training.global_batch_size and training.local_batch_size",
     "checkpoint.initial_load_model_only": "checkpoint.initial_load_path loads the weights alone",
