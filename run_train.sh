@@ -10,8 +10,8 @@
 #   NGPU=2 CONFIG=smollm2_135m_full ./run_train.sh --training.steps 10
 #   ./run_train.sh --help
 #
-# Paths are relative to the current directory, wherever this file lies. Exit codes: 0 done, 2 a mistake to mend, 75 saved and
-# resumable, 124 a hang was ended, 1 anything else. bash 3.2 (macOS) must be able to run this file.
+# Paths are relative to the current directory, wherever this file lies. Exit codes: 0 done, 2 a mistake to mend, 1 anything else.
+# bash 3.2 (macOS) must be able to run this file.
 set -euo pipefail
 
 script=${BASH_SOURCE[0]}
@@ -69,7 +69,10 @@ export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}
 if [ $help = yes ]; then
     WORLD_SIZE=$((NGPU * NNODES)) exec "$PYTHON" -m tunelib.config "$@"
 fi
-WORLD_SIZE=$((NGPU * NNODES)) "$PYTHON" -m tunelib.config "$@" >/dev/null
+if ! said=$(WORLD_SIZE=$((NGPU * NNODES)) "$PYTHON" -m tunelib.config "$@" 2>&1 >/dev/null); then
+    printf '%s\n' "$said" >&2 # notices of a good one are said by train.py
+    exit 2
+fi
 
 if [ "$NGPU" -eq 1 ] && [ "$NNODES" -eq 1 ]; then
     exec "$PYTHON" "$REPO/train.py" "$@"

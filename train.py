@@ -15,12 +15,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tunelib.checkpoint.manager import CheckpointManager, check_identity
 from tunelib.checkpoint.state import RunState, model_tensors, optimizer_tensors, restore_rng, rng_tensors, tensors_to_load
-from tunelib.config import load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
+from tunelib.config import Config, check_own_config, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
 from tunelib.data.chat import ChatTemplate
 from tunelib.data.index import build_index, split_held_out
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
@@ -36,9 +37,9 @@ from tunelib.observe.metrics import METRICS_FILE, SAMPLES_FILE, RowWriter
 from tunelib.observe.report import Summary, opening_lines
 from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
-from tunelib.parallel.fsdp import forward_only, set_gradient_sync
+from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.mesh import build_layout
-from tunelib.parallel.reduce import agreed, clip_gradients, sum_over_ranks
+from tunelib.parallel.reduce import agreed, check_finite, check_same, clip_gradients, sum_over_ranks
 from tunelib.parallel.runtime import DTYPES, Runtime, hold_folder, leave, run_main, start, step_timeout
 from tunelib.schedule import lr_factor
 
@@ -96,35 +97,31 @@ def main(argv: list[str]) -> None:
                 DTYPES.get(config.checkpoint.export_dtype),
             )
 
-        # Memory of the run: what to go on from.
-        manager = CheckpointManager(
-            config.checkpoint, folder / config.checkpoint.folder, runtime.is_main, resolved_toml(loaded), json.dumps(export.config, indent=2) + "\n"
-        )
-        decision = manager.decide()
-        console.say(decision.sentence)
-        origin = {
-            "model": {name: value for name, value in export.config.items() if name not in ("dtype", "torch_dtype")},
-            "checkpoint.initial_load_path": os.path.abspath(config.checkpoint.initial_load_path) if config.checkpoint.initial_load_path else "",
-        }
-        order = {**train_data.fingerprint, "validation.fraction": config.validation.fraction} if train_data else {}
-        identity = {**origin, **order, "optimizer.name": config.optimizer.name}
-        if decision.state is not None:
-            check_identity(decision.state.identity, origin if decision.kind == "seed" else identity)
+        # Memory of the run: what to go on from, if nothing that decides the run has changed since.
+        checkpoint_folder = folder / config.checkpoint.folder
+        manager = CheckpointManager(config.checkpoint, checkpoint_folder, runtime.is_main, resolved_toml(loaded), json.dumps(export.config, indent=2))
         num_steps = config.training.steps or (train_data.steps_in_epochs(config.training.epochs or 1) if train_data else 0)
-        if decision.finished_step is not None and decision.finished_step >= num_steps > 0:
-            console.say(f"this run is finished at step {decision.finished_step}; extend it with a larger --training.steps (now {num_steps})")
-            return
+        decision = manager.decide(num_steps)
+        console.say(decision.sentence)
+        origin, identity = describe_identity(config, export.config, train_data)
+        check_same(identity, "the model or data")
+        with agreed():
+            if decision.state is not None:
+                check_identity(decision.state.identity, origin if decision.kind == "seed" else identity)
+            if runtime.is_main:
+                check_own_config(folder / "config.toml")
+        manager.follow(decision)
 
         # Spread the model, which has been on paper so far: FSDP2, then empty storage where each shard belongs.
         spread_model(model, config.parallelism, layout, runtime)
 
-        # Give weights, unless a checkpoint will: drawn, or any format straight into the shards.
-        if decision.kind == "seed":
+        # Give weights, unless a full checkpoint will: drawn, or any format straight into the shards.
+        if decision.kind in ("seed", "finished"):
             manager.load(model_tensors(model), decision)
         elif decision.kind == "fresh":
             give_weights(model, weights, config.training.seed)
         if config.checkpoint.create_seed_checkpoint:
-            saved = manager.save(model_tensors(model), RunState(0, 0, runtime.world_size, origin), kind="seed")
+            saved = manager.save(model_tensors(model), RunState(0, 0, runtime.world_size, runtime.device.type, origin), kind="seed")
             console.say(f"seed checkpoint written to {saved}; start from it with the same command without create_seed_checkpoint, on any layout")
             return
         assert train_data is not None  # it is left out for a seed only
@@ -135,23 +132,23 @@ def main(argv: list[str]) -> None:
         optimizer = build_optimizer(model, config.optimizer)
 
         # Resume: weights, optimizer, random state; the data's place follows from the step.
-        step, tokens_seen = 0, 0
+        step, tokens_seen = (decision.state.step, decision.state.tokens_seen) if decision.state is not None else (0, 0)
         if decision.kind == "resume" and decision.state is not None:
-            step, tokens_seen = decision.state.step, decision.state.tokens_seen
-            same_layout = decision.state.world_size == runtime.world_size
+            same_layout = (decision.state.world_size, decision.state.device) == (runtime.world_size, runtime.device.type)
             tensors = tensors_to_load(model, optimizer, runtime.rank, runtime.device, same_layout)
             manager.load(tensors, decision)
             if same_layout:
                 restore_rng(tensors, runtime.rank, runtime.device)
-            if step >= num_steps:
-                console.say(f"this run is finished at step {step}; extend it with a larger --training.steps (now {num_steps})")
+        if step >= num_steps:
+            console.say(f"this run is finished at step {step}; extend it with a larger --training.steps (now {num_steps})")
 
         # Watch: the opening lines, metrics, samples and the first validation.
-        if runtime.is_main:
-            replace_file(folder / "config.toml", resolved_toml(loaded))
-        resumed_step = step if decision.kind == "resume" else None
-        metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
-        samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
+        with agreed(f"{folder} cannot be written"):
+            if runtime.is_main:
+                replace_file(folder / "config.toml", resolved_toml(loaded))
+            resumed_step = step if decision.kind in ("resume", "finished") else None
+            metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
+            samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
         for line in opening_lines(config, runtime, layout, model, index, num_steps, weights.sentence):
             console.say(line)
         summary = Summary()
@@ -169,8 +166,9 @@ def main(argv: list[str]) -> None:
                 samples.write({"step": step, "prompt": prompt, "answer": answer})
                 console.say(f"step {step}: {prompt!r} → {answer!r}")
 
-        def state() -> RunState:
-            return RunState(step, tokens_seen, runtime.world_size, identity)
+        def save() -> Path | None:
+            tensors = model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device)
+            return manager.save(tensors, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity))
 
         if step == 0:
             validate()
@@ -197,7 +195,7 @@ def main(argv: list[str]) -> None:
                 validate()
                 last_validated = step
             if step < num_steps and manager.is_due(step, finished_epochs):
-                manager.save(model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device), state())
+                save()
         console.end_steps()
 
         # Close: the last validation and samples, the last checkpoint, the export, one summary.
@@ -207,9 +205,10 @@ def main(argv: list[str]) -> None:
             show_samples()
         checkpoint = None
         if config.checkpoint.enable_checkpoint and config.checkpoint.model_weights_only:
-            checkpoint = manager.save({name: tensor.to(export.dtypes[name]) for name, tensor in model_tensors(model).items()}, state(), kind="model")
+            weights_alone = {name: tensor.to(export.dtypes[name]) for name, tensor in model_tensors(model).items()}
+            checkpoint = manager.save(weights_alone, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity), kind="model")
         elif config.checkpoint.enable_checkpoint:
-            checkpoint = manager.save(model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device), state())
+            checkpoint = save()
         export_hf(export, model_tensors(model), folder / "export", runtime.is_main)
         for line in summary.lines(step, tokens_seen, time.monotonic() - started, peak_memory_gib(runtime.device), folder, checkpoint):
             console.say(line)
@@ -220,20 +219,24 @@ def train_step(model: Decoder, optimizer: torch.optim.Optimizer, work: Step, lr:
 
     Returns:
         The loss in nats per trained token of the whole global batch, and the gradient norm before clipping.
+
+    Raises:
+        NumbersError: on every rank, before the weights change, where a gradient is not finite.
     """
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for number, batch in enumerate(work.batches, start=1):
-        set_gradient_sync(model, number == len(work.batches))
+    for batch in work.batches:
         batch = batch.to(runtime.device)
         summed = model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
         # The step's trained tokens are known beforehand, over all ranks and micro-batches: sums of gradients need no more scaling.
         (summed / work.num_trained).backward()
         total += summed.detach()
-    grad_norm = clip_gradients(model.parameters(), max_norm)
+    grad_norm = clip_gradients(model.parameters(), max_norm).item()
+    loss = sum_over_ranks(total).item() / work.num_trained
+    check_finite(loss, grad_norm, work.number)
     set_lr(optimizer, lr)
     optimizer.step()
     optimizer.zero_grad()
-    return sum_over_ranks(total).item() / work.num_trained, grad_norm.item()
+    return loss, grad_norm
 
 
 def evaluate(model: Decoder, data: HeldOutData, runtime: Runtime) -> float:
@@ -244,6 +247,17 @@ def evaluate(model: Decoder, data: HeldOutData, runtime: Runtime) -> float:
             batch = batch.to(runtime.device)
             total += model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
     return sum_over_ranks(total).item() / data.num_trained
+
+
+def describe_identity(config: Config, model: dict[str, Any], train_data: TrainData | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What must be the same for a run to go on, and the part of it that a seed checkpoint must share: name → value or digest."""
+    path = config.checkpoint.initial_load_path
+    origin = {
+        "model": {name: value for name, value in model.items() if name not in ("dtype", "torch_dtype")},
+        "checkpoint.initial_load_path": os.path.abspath(path) if path else "",
+    }
+    order = {**train_data.fingerprint, "validation.fraction": config.validation.fraction} if train_data else {}
+    return origin, {**origin, **order, "optimizer.name": config.optimizer.name, "training.dtype": config.training.dtype}
 
 
 if __name__ == "__main__":

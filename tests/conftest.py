@@ -83,7 +83,7 @@ def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240) -
 
     A process that fails or hangs fails the test: all are killed, and the first error output is shown.
     """
-    ports = [_free_port() for _ in cases]
+    ports = [free_port() for _ in cases]
     command = [sys.executable, "-W", "error", str(ROOT / "tests/integration/worker.py"), json.dumps([cases, ports])]
     common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     workers = [
@@ -102,7 +102,8 @@ def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240) -
         assert worker.returncode == 0, output[-6000:]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -24,9 +24,8 @@ class Batch:
     labels: Tensor  # (B, S) int64
     positions: Tensor  # (B, S) int64
     document_lengths: tuple[int, ...]
-    num_trained: int
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "labels", "positions")}
-        return Batch(**move, document_lengths=self.document_lengths, num_trained=self.num_trained)
+        return Batch(**move, document_lengths=self.document_lengths)

@@ -4,8 +4,9 @@ TunelibError
 ├── ConfigError       the TOML file, the command line, or the two together   exit code 2
 ├── DataError         a data file, a row in it, a chat template, a tokenizer  exit code 2
 ├── FormatError       weights or a config.json that cannot be read as asked   exit code 2
-└── CheckpointError   a checkpoint that is missing, damaged or does not fit   exit code 2
-    └── SaveError     writing one failed: the disk's fault, not the user's    exit code 1
+├── CheckpointError   a checkpoint that is missing, damaged or does not fit   exit code 2
+│   └── SaveError     writing one failed: the disk's fault, not the user's    exit code 1
+└── NumbersError      training ran into numbers that are not finite           exit code 1
 """
 
 EXIT_CODE_FILE = "TUNELIB_EXIT_CODE_FILE"
@@ -16,6 +17,8 @@ class TunelibError(Exception):
     """A problem that the person who started the run can mend; its text says how."""
 
     exit_code = 2
+    agreed = False
+    """Whether every rank raises, so that one of them is enough to print it."""
 
 
 class ConfigError(TunelibError):
@@ -44,5 +47,11 @@ class CheckpointError(TunelibError):
 
 class SaveError(CheckpointError):
     """A checkpoint or an export could not be written."""
+
+    exit_code = 1
+
+
+class NumbersError(TunelibError):
+    """A loss or gradient that is not finite: nothing after it is worth keeping."""
 
     exit_code = 1

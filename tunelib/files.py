@@ -90,9 +90,13 @@ def commit_folder(staging: Path, final: Path, files: dict[str, dict[str, int]], 
         files: what `describe_files` said of every file in it.
         facts: further manifest entries, such as ``kind`` and ``step``.
 
-    A folder that already has the final name is exchanged with the new one in a single step where the system can (Linux), and
-    then removed.
+    An older folder of that name and of the same kind is exchanged with the new one in a single step where the system can (Linux),
+    and then removed.
+
+    Raises:
+        ConfigError: the name belongs to something else.
     """
+    check_replaceable(final, facts.get("kind"))
     for name in files:
         sync_path(staging / name)
     for directory in {(staging / name).parent for name in files} | {staging}:
@@ -106,6 +110,16 @@ def commit_folder(staging: Path, final: Path, files: dict[str, dict[str, int]], 
     else:
         os.rename(staging, final)
         sync_path(final.parent)
+
+
+def check_replaceable(final: Path, kind: str | None) -> None:
+    """Make sure that a name is free, or that of an older folder of the same kind: nothing of others is ever replaced."""
+    try:
+        free = not final.exists() or read_manifest(final).get("kind") == kind
+    except CheckpointError:
+        free = False
+    if not free:
+        raise ConfigError(f"{final} exists and was not written by a run: move it away, or give --job.dump_folder another folder")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -188,10 +202,14 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a folder for one writer; the system lets go when the process ends, however it ends.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115  (the with is below, outside of the try)
+    except OSError as error:
+        raise ConfigError(f"job.dump_folder: {folder} cannot be written: {error.strerror}") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

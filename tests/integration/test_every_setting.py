@@ -6,6 +6,7 @@ that a person or another program could see: a file, a number, a message, the sta
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -244,7 +245,8 @@ def _(lab: Lab) -> None:
     with pytest.raises(DataError, match=r"fit chat and text: set dataset\.format"):
         lab.run(*words)
     lab.run(*words, "--dataset.format", "text")
-    assert "120 tokens" not in lab.read_output()
+    assert "60 documents, " in (said := lab.read_output())
+    assert "100% trained" in said
 
 
 def renamed_column(lab: Lab, rows: list[dict[str, Any]], key: str, name: str) -> None:
@@ -298,7 +300,7 @@ def _(lab: Lab) -> None:
 
 @shows("dataset.too_long")
 def _(lab: Lab) -> None:
-    with pytest.raises(DataError, match=r"tiny|chats\.jsonl:\d+: \d+ tokens do not fit"):
+    with pytest.raises(DataError, match=r"chats\.jsonl:\d+: \d+ tokens do not fit"):
         lab.run("--dataset.too_long", "error", "--training.seq_len", "32")
     lab.changes("tokens", "--dataset.too_long", "drop", given=("--training.seq_len", "32"))
 
@@ -487,7 +489,16 @@ def _(lab: Lab) -> None:
 def _(lab: Lab) -> None:
     by_epoch = lab.run("--training.epochs", "3", SAVING, "--checkpoint.interval", "1", "--checkpoint.interval_type", "epochs", "--dataset.no-packing")
     assert steps_saved(by_epoch) == [8, 15, 23], "60 documents in batches of 8: epochs end in steps 8, 15 and 23"
-    assert steps_saved(lab.run(SAVING, "--checkpoint.interval", "1000", "--checkpoint.interval_type", "seconds")) == [3]
+    import train as program
+
+    def slow_step(*words: Any) -> tuple[float, float]:
+        time.sleep(0.6)
+        return original(*words)
+
+    original = program.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "train_step", slow_step)
+        assert steps_saved(lab.run(SAVING, "--checkpoint.interval", "1", "--checkpoint.interval_type", "seconds")) == [2, 3]
 
 
 @shows("checkpoint.keep_latest_k")
@@ -565,7 +576,8 @@ def _(lab: Lab) -> None:
     run = lab.run(*words)
     assert [(row["step"], row["prompt"]) for row in run.samples()] == [(0, "say sage"), (0, "say kelp"), (3, "say sage"), (3, "say kelp")]
     tokenizer = Tokenizer(TOKENIZER)
-    assert all(len(tokenizer.encode(row["answer"], add_special_tokens=False).ids) <= 3 for row in run.samples() if row["answer"].isascii())
+    assert all(len(tokenizer.encode(row["answer"], add_special_tokens=False).ids) <= 3 for row in run.samples())
+    assert any(row["answer"] for row in run.samples())
     assert lab.run(*words[:2], "0.4").series("validation_loss")[0] != run.series("validation_loss")[0]
 
 

@@ -30,7 +30,7 @@ TRAIN_STUB = """
 import json, os, signal, sys, time
 def leave(code):
     if "TUNELIB_EXIT_CODE_FILE" in os.environ:
-        with open(os.environ["TUNELIB_EXIT_CODE_FILE"], "w") as file:
+        with open(os.environ["TUNELIB_EXIT_CODE_FILE"] + "." + os.environ["TORCHELASTIC_RESTART_COUNT"], "w") as file:
             file.write(str(code))
     sys.exit(code)
 env = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}

@@ -1,7 +1,9 @@
 """Law 3: a run that was stopped and resumed equals the run that never stopped; and what decides how a run begins."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Run, run_processes, write_chats, write_toml
+from conftest import ROOT, Run, free_port, run_processes, write_chats, write_toml
 
-from tunelib.errors import CheckpointError
+from tunelib.errors import CheckpointError, ConfigError, NumbersError
 
 KEEP_SAVING = """
 [checkpoint]
@@ -38,8 +40,7 @@ def toml(tmp_path: Path) -> Path:
 def run_and_kill(words: list[str], world_size: int, folder: Path, step: int) -> None:
     """Start a run and SIGKILL all its processes as soon as a step is committed."""
     slow_down = "import time, train; step = train.train_step; train.train_step = lambda *a: (time.sleep(0.15), step(*a))[1]; train.main({!r})"
-    probe_port = 20000 + os.getpid() % 20000
-    environment = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe_port), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", slow_down.format(words)],
@@ -75,18 +76,20 @@ def test_killed_and_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path: P
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_resume_on_another_number_of_processes_is_the_same_training(tmp_path: Path, toml: Path, before: int, after: int) -> None:
+@pytest.mark.parametrize(("before", "after", "dtype", "tolerance"), [(1, 2, "float64", 1e-9), (2, 1, "float64", 1e-9), (1, 2, "float32", 1e-5)])
+def test_resume_on_another_number_of_processes_is_the_same_training(
+    tmp_path: Path, toml: Path, before: int, after: int, dtype: str, tolerance: float
+) -> None:
     whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")
-    precise = [*STEPS, "--training.dtype", "float64"]
+    precise = [*STEPS, "--training.dtype", dtype]
     run_processes([[str(toml), *precise, "--job.dump_folder", str(whole.folder)]], before)
     run_and_kill([str(toml), *precise, "--job.dump_folder", str(cut.folder)], before, cut.folder, step=8)
     run_processes([[str(toml), *precise, "--job.dump_folder", str(cut.folder)]], after)
     for name in ("loss", "grad_norm", "validation_loss"):
-        assert cut.series(name) == pytest.approx(whole.series(name), rel=1e-9), name
+        assert cut.series(name) == pytest.approx(whole.series(name), rel=tolerance), name
     found = cut.weights()
-    for name, weight in whole.weights().items():
-        assert torch.linalg.norm(found[name] - weight) <= 1e-9 * torch.linalg.norm(weight), name
+    for name, weight in whole.weights().items() if dtype == "float64" else ():
+        assert torch.linalg.norm(found[name] - weight) <= tolerance * torch.linalg.norm(weight), name
 
 
 def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(train: Callable[..., Run], toml: Path, capsys: pytest.CaptureFixture) -> None:
@@ -137,6 +140,7 @@ def test_going_back_sets_later_steps_aside_and_a_restart_takes_the_newest(
         (["--dataset.no-packing"], "dataset.packing"),
         (["--model.hidden_size", "64"], "model"),
         (["--optimizer.name", "SGD"], "optimizer.name"),
+        (["--training.dtype", "float64"], "training.dtype"),
         (["--validation.fraction", "0.2"], "validation.fraction"),
     ],
 )
@@ -197,3 +201,80 @@ def test_weights_start_from_any_checkpoint_of_ours(train: Callable[..., Run], to
     for path in (run.folder / "checkpoint/step-4", run.folder / "export"):
         again = train(other, "--checkpoint.initial_load_path", str(path))
         assert again.series("validation_loss")[0] == run.series("validation_loss")[-1]
+
+
+def test_model_only_run_is_exported_again_but_not_extended_from_nothing(train: Callable[..., Run], toml: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--checkpoint.model_weights_only", "--checkpoint.interval", "100"]
+    run = train(toml, "--training.steps", "3", *words)
+    expected = run.weights()
+    shutil.rmtree(run.folder / "export")  # as if it had been killed before the export
+    capsys.readouterr()
+    train(toml, "--training.steps", "3", *words, folder=run.folder)
+    assert capsys.readouterr().out.startswith("finished at step 3 already")
+    assert all(torch.equal(run.weights()[name], weight) for name, weight in expected.items())
+    assert len(run.series("loss")) == 3
+    with pytest.raises(CheckpointError, match="no full checkpoint to resume from: start another run from it"):
+        train(toml, "--training.steps", "6", *words, folder=run.folder)
+
+
+def test_refused_resume_leaves_the_step_folders_as_they_were(train: Callable[..., Run], toml: Path) -> None:
+    run = train(toml, *STEPS)
+    before = sorted(path.name for path in (run.folder / "checkpoint").iterdir())
+    with pytest.raises(CheckpointError, match=r"  training\.seq_len"):
+        train(toml, *STEPS, "--checkpoint.load_step", "4", "--training.seq_len", "64", folder=run.folder)
+    assert sorted(path.name for path in (run.folder / "checkpoint").iterdir()) == before
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_spare_the_checkpoints(train: Callable[..., Run], toml: Path) -> None:
+    run = train(toml, "--training.steps", "4", "--lr_scheduler.decay_type", "constant")
+    with pytest.raises(NumbersError, match=r"step \d+: loss .*stopped before the weights change"):
+        train(toml, "--training.steps", "50", "--lr_scheduler.decay_type", "constant", "--optimizer.lr", "1e30", folder=run.folder)
+    assert all(math.isfinite(loss) for loss in run.series("loss"))
+    weights = train(toml, "--training.steps", "4", "--lr_scheduler.decay_type", "constant", folder=run.folder).weights()
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+def test_a_run_never_replaces_what_it_did_not_make(train: Callable[..., Run], toml: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine/export").mkdir(parents=True)
+    (tmp_path / "mine/export/thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="export exists and was not written by a run"):
+        train(toml, "--training.steps", "1", folder=tmp_path / "mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.toml").write_text(toml.read_text())
+    with pytest.raises(ConfigError, match=r"config\.toml exists and was not written by a run"):
+        train(toml, "--training.steps", "1", folder=tmp_path / "other")
+    assert (tmp_path / "mine/export/thesis.txt").read_text() == "years of work"
+
+
+def test_ranks_that_read_other_data_are_told_so(tmp_path: Path, toml: Path) -> None:
+    """As on two machines whose copies of a file differ: rank 1 alone reads another one."""
+    write_chats(tmp_path / "other.jsonl", 150, seed=9)
+    program = (
+        "import os, sys; sys.path.insert(0, {root!r}); import train\n"
+        "from tunelib.parallel.runtime import leave, run_main\n"
+        "build = train.build_index\n"
+        "if os.environ['RANK'] == '1': train.build_index = lambda path, *words: build(path.with_name('other.jsonl'), *words)\n"
+        "leave(run_main(train.main, sys.argv[1:]))"
+    )
+    words = [str(toml), "--training.steps", "2", "--job.dump_folder", str(tmp_path / "run")]
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program.format(root=str(ROOT)), *words],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [worker.communicate(timeout=120)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert [worker.returncode for worker in workers] == [2, 2]
+    assert "file" in said[0]
+    assert "differ; give every machine the same files" in said[0]
+    assert "Traceback" not in said[0] + said[1]

@@ -22,13 +22,12 @@ def test_row_is_the_one_in_the_docstring() -> None:
     assert batch.labels[0].tolist() == [1, 2, 3, IGNORED, 1002, 2001, IGNORED, IGNORED]
     assert batch.positions[0].tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
     assert batch.document_lengths == (3, 2, 1, 2)
-    assert batch.num_trained == 5
 
 
 def test_batch_moves_whole_and_is_frozen() -> None:
     batch = make_batch()
     moved = batch.to(torch.device("meta"))
     assert (moved.tokens.device.type, moved.labels.device.type, moved.positions.device.type) == ("meta",) * 3
-    assert (moved.document_lengths, moved.num_trained) == (batch.document_lengths, batch.num_trained)
+    assert moved.document_lengths == batch.document_lengths
     with pytest.raises(dataclasses.FrozenInstanceError):
-        batch.num_trained = 0  # type: ignore[misc]  # that is the point
+        batch.document_lengths = ()  # type: ignore[misc]  # that is the point

@@ -4,9 +4,10 @@ A step folder is ``step-N``, committed by `tunelib.files`; its manifest says of 
 (weights alone) or "seed" (initial weights). Methods marked *collective* must be reached by every rank.
 """
 
+import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,20 +31,21 @@ MODEL_FILE = "config.json"
 
 @dataclass(frozen=True)
 class Decision:
-    """How a run begins. ``folder`` is the checkpoint to load: all of it ("resume"), or its weights ("seed").
+    """How a run begins.
 
     Attributes:
-        kind: "fresh", "seed" or "resume".
+        kind: "fresh"; "seed": with the weights of ``folder``; "resume": with all of it; "finished": at its end already, with the
+            weights of ``folder``, which holds no more.
         sentence: what was decided and why, for the first line of the run.
         state: what the checkpoint says of the run that wrote it.
-        finished_step: of a newer checkpoint of model weights alone, with which this very configuration has ended.
+        supersede: steps to set aside, once nothing speaks against the run.
     """
 
     kind: str
     sentence: str
     folder: Path | None = None
     state: RunState | None = None
-    finished_step: int | None = None
+    supersede: tuple[int, ...] = ()
 
 
 class CheckpointManager:
@@ -65,8 +67,12 @@ class CheckpointManager:
 
     # How the run begins
 
-    def decide(self) -> Decision:
-        """Choose what to go on from, setting damaged and superseded step folders aside. Collective."""
+    def decide(self, num_steps: int) -> Decision:
+        """Choose what to go on from, setting damaged step folders aside. Collective.
+
+        Args:
+            num_steps: of the whole run.
+        """
         if not self.section.enable_checkpoint:
             return Decision("fresh", "starting fresh: checkpoint.enable_checkpoint is false")
         on_main(lambda: files.remove_debris(self.folder))
@@ -75,15 +81,20 @@ class CheckpointManager:
             if steps:
                 raise CheckpointError(f"{self.folder} already holds step {steps[-1]}: a seed checkpoint is the first thing in a run folder")
             return Decision("fresh", "making a seed checkpoint")
-        if self.section.resume == "never":
-            self._supersede(steps)
-            return Decision("fresh", f"starting fresh: checkpoint.resume is 'never'{f'; {len(steps)} old checkpoints set aside' if steps else ''}")
-        decision = self._decide_step(steps)
-        if self.section.resume == "must" and decision.kind != "resume":
+        # What torchrun starts again goes on, whatever the first start was told.
+        if self.section.resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            aside = f"; {len(steps)} old checkpoints set aside" if steps else ""
+            return Decision("fresh", f"starting fresh: checkpoint.resume is 'never'{aside}", supersede=tuple(steps))
+        decision = self._decide_step(steps, num_steps)
+        if self.section.resume == "must" and decision.kind not in ("resume", "finished"):
             raise CheckpointError(f"checkpoint.resume is 'must', but {self.folder} holds no full checkpoint")
         return decision
 
-    def _decide_step(self, steps: list[int]) -> Decision:
+    def follow(self, decision: Decision) -> None:
+        """Set aside what the decision supersedes. Collective."""
+        on_main(lambda: [files.set_aside(self._path(step), "superseded") for step in decision.supersede])
+
+    def _decide_step(self, steps: list[int], num_steps: int) -> Decision:
         wanted = self.section.load_step
         if wanted >= 0 and not on_main(lambda: self._is_restart(steps)):
             if wanted not in steps:
@@ -91,27 +102,36 @@ class CheckpointManager:
             manifest, problems = self._verify(wanted)
             if problems or manifest["kind"] == "model":
                 raise CheckpointError(problems[0] if problems else f"{self._path(wanted)} holds model weights only: it cannot be resumed from")
-            self._supersede([step for step in steps if step > wanted])
-            return self._decision(wanted, manifest["kind"], "checkpoint.load_step asks for it")
-        passed_over, finished_step = "", None
+            later = tuple(step for step in steps if step > wanted)
+            return replace(self._begin_with(wanted, manifest["kind"], "checkpoint.load_step asks for it"), supersede=later)
+        passed_over, weights_only = "", -1
         for step in reversed(steps):
             manifest, problems = self._verify(step)
             if problems:
                 new_name = on_main(partial(files.set_aside, self._path(step), "damaged")).name
                 passed_over += f"; step {step} is damaged ({'; '.join(problems)}) and is now {new_name}"
             elif manifest["kind"] == "model":
+                if step >= num_steps and on_main(partial(self._is_of_this_config, step)):
+                    return self._begin_with(step, "model", "")
                 passed_over += f"; step {step} holds model weights only"
-                if on_main(partial(self._is_of_this_config, step)):
-                    finished_step = step
-            else:
-                return self._decision(step, manifest["kind"], "the newest good checkpoint" + passed_over, finished_step)
-        return Decision("fresh", f"starting fresh: no checkpoint to resume in {self.folder}{passed_over}", finished_step=finished_step)
+                weights_only = max(weights_only, step)
+            elif manifest["kind"] == "full" or weights_only < 0:
+                return self._begin_with(step, manifest["kind"], "the newest good checkpoint" + passed_over)
+        if weights_only >= 0:
+            raise CheckpointError(
+                f"{self._path(weights_only)} holds model weights only, and there is no full checkpoint to resume from: start another run from it "
+                "with --checkpoint.initial_load_path, or this one over with --checkpoint.resume never"
+            )
+        return Decision("fresh", f"starting fresh: no checkpoint to resume in {self.folder}{passed_over}")
 
-    def _decision(self, step: int, kind: str, why: str, finished_step: int | None = None) -> Decision:
-        path, state = self._path(step), read_run_state(self._path(step))
+    def _begin_with(self, step: int, kind: str, why: str) -> Decision:
+        path = self._path(step)
+        state = on_main(partial(read_run_state, path))
         if kind == "seed":
-            return Decision("seed", f"starting from the seed checkpoint {path}: {why}", path, state, finished_step)
-        return Decision("resume", f"resuming after step {step}: {why}", path, state, finished_step)
+            return Decision("seed", f"starting from the seed checkpoint {path}: {why}", path, state)
+        if kind == "model":
+            return Decision("finished", f"finished at step {step} already: {path} holds the weights, and no more", path, state)
+        return Decision("resume", f"resuming after step {step}: {why}", path, state)
 
     def _is_restart(self, steps: list[int]) -> bool:
         """Whether load_step has been followed already, and this is the same command again."""
@@ -138,16 +158,13 @@ class CheckpointManager:
         damage = files.find_damage(self._path(step), manifest["files"], deal(sorted(manifest["files"])))
         return manifest, sorted({problem for problems in gather_objects(damage) for problem in problems})
 
-    def _supersede(self, steps: list[int]) -> None:
-        on_main(lambda: [files.set_aside(self._path(step), "superseded") for step in steps])
-
     # Loading
 
     def load(self, tensors: dict[str, Tensor], decision: Decision) -> None:
         """Fill tensors from a verified step folder. Collective."""
         assert decision.folder is not None
         load_tensors(tensors, decision.folder)
-        if decision.kind == "resume" and decision.state is not None:
+        if decision.kind in ("resume", "finished") and decision.state is not None:
             self._saved_step = decision.state.step
 
     # Saving
@@ -193,6 +210,8 @@ class CheckpointManager:
         parts = gather_objects(described)
         with agreed(failed):
             if self.is_main:
+                if final.exists():  # model weights alone, which a run that was extended passes again
+                    files.set_aside(final, "superseded")
                 together = {name: entry for part in parts for name, entry in part.items()}
                 files.commit_folder(staging, final, together, kind=kind, step=state.step)
                 self._retain()

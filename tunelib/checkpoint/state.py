@@ -24,13 +24,14 @@ class RunState:
 
     Attributes:
         tokens_seen: positions trained on, padding not counted.
-        world_size: processes that wrote it.
+        world_size: processes that wrote it, and on what they computed: ``device`` is "cpu" or "cuda".
         identity: what must be the same for a run to go on: name → digest or value.
     """
 
     step: int
     tokens_seen: int
     world_size: int
+    device: str
     identity: dict[str, Any]
 
     def to_json(self) -> str:

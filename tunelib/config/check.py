@@ -16,6 +16,8 @@ from tunelib.config.schema import Config
 from tunelib.config.settings import Setting
 from tunelib.config.sizes import ARCHITECTURES, SIZES
 
+TAKEN_NAMES = ("export", "adapter", "tb", "profile", "config.toml", "metrics.jsonl", "samples.jsonl")
+"""What a run writes beside its step folders."""
 NEEDED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -64,6 +66,15 @@ def find_validation_fault(checked: Checked) -> Iterator[str]:
     validation = checked.config.validation
     if validation.enable and not validation.path and validation.fraction is None:
         yield f"{checked.at('validation.enable')}: needs held-out documents; give validation.path (a file) or validation.fraction (such as 0.05)"
+
+
+def find_folder_fault(checked: Checked) -> Iterator[str]:
+    """The step folders have a folder of their own, inside the run folder, which is what is locked."""
+    parts = Path(checked.config.checkpoint.folder).parts
+    if os.path.isabs(checked.config.checkpoint.folder) or ".." in parts:
+        yield f"{checked.at('checkpoint.folder')}: lies outside of job.dump_folder; give a name inside it"
+    elif not parts or parts[0] in TAKEN_NAMES:
+        yield f'{checked.at("checkpoint.folder")}: is taken by the run\'s other outputs; give another name, such as "checkpoint"'
 
 
 def find_degree_fault(checked: Checked) -> Iterator[str]:
@@ -189,6 +200,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("training.steps", "training.epochs", "checkpoint.create_seed_checkpoint"), find_length_fault),
     (("dataset.path", "checkpoint.create_seed_checkpoint"), find_data_fault),
     (("validation.enable", "validation.path", "validation.fraction"), find_validation_fault),
+    (("checkpoint.folder",), find_folder_fault),
     (("parallelism.",), find_degree_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),
     (("model.", "checkpoint.initial_load_path"), find_model_fault),

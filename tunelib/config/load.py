@@ -6,6 +6,7 @@ The layers are default < base < file < command line. Everything that is wrong is
 import os
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -128,6 +129,12 @@ def resolved_toml(loaded: LoadedConfig) -> str:
         if lines:
             text += f"\n[{section}]\n" + "".join(lines)
     return text
+
+
+def check_own_config(path: Path) -> None:
+    """Make sure that the run's config.toml does not take the place of a file that somebody wrote; raises ConfigError."""
+    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(RESOLVED_HEADER):
+        raise ConfigError(f"{path} exists and was not written by a run: move it away, or give --job.dump_folder another folder")
 
 
 def read_value(config: Config, key: str) -> object:

@@ -113,6 +113,7 @@ def build_index(path: Path, section: Dataset, seq_len: int, tokenizer: Tokenizer
             if format == "auto":
                 format = detect_format(row, section.columns, where)
                 notes.append(f"{path}: read as {format!r}, by the columns of line {line}")
+            _check_idle(section, format, where)
             if format != "text":
                 template = ChatTemplate(tokenizer, section.chat_template)
             builder = _Builder(seq_len, _resolve_too_long(section.too_long, format))
@@ -162,6 +163,17 @@ def split_held_out(index: Index, fraction: float) -> tuple[Index, Index]:
     if held_out.all() or not held_out.any():
         raise DataError(f"validation.fraction = {fraction} of {len(index)} documents leaves none {'to train on' if held_out.all() else 'held out'}")
     return index.select(~held_out), index.select(held_out)
+
+
+def _check_idle(section: Dataset, format: str, where: str) -> None:
+    """Refuse settings that data of this format has no use for; where the format is given, the config check has done so."""
+    own = {"chat": ("messages",), "instruct": ("instruction", "input", "output"), "text": ("text",)}[format]
+    default = Dataset()
+    idle = [f"columns.{name}" for name, value in vars(section.columns).items() if name not in own and value != getattr(default.columns, name)]
+    if format == "text":
+        idle += [name for name in ("chat_template", "train_on") if getattr(section, name) != getattr(default, name)]
+    if idle:
+        raise DataError(f"{where}: the data is {format!r}, for which dataset.{idle[0]} has no effect; remove it, or set dataset.format")
 
 
 def _resolve_too_long(choice: str, format: str) -> str:

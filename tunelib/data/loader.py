@@ -4,6 +4,7 @@ Step s takes rows (s − 1)·G … s·G − 1 of the endless sequence epoch 0, e
 depends on how many ranks there are: a rank is handed its share of a step's rows at the end. There is no state but the step.
 """
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ class Share:
 class Step:
     """What one rank does in one step. ``num_trained`` and ``num_tokens`` count the whole step's, over all ranks."""
 
+    number: int
     batches: list[Batch]
     num_trained: int
     num_tokens: int
@@ -68,13 +70,13 @@ class TrainData:
 
     def epochs_after(self, step: int) -> int:
         """Whole epochs finished when a step has ended."""
-        return bisect_right_ends(self._ends_up_to(step * self.global_batch_size), step * self.global_batch_size)
+        return bisect.bisect_right(self._ends_up_to(step * self.global_batch_size), step * self.global_batch_size)
 
     def rows_of(self, step: int) -> list[tuple[int, np.ndarray]]:
         """(epoch, documents) of each row of a step, which is counted from 1; the same on every rank."""
         rows = []
         for number in range((step - 1) * self.global_batch_size, step * self.global_batch_size):
-            epoch = bisect_right_ends(self._ends_up_to(number + 1), number)
+            epoch = bisect.bisect_right(self._ends_up_to(number + 1), number)
             first = self._epoch_ends[epoch - 1] if epoch else 0
             rows.append((epoch, self._plan(epoch).row(number - first)))
         return rows
@@ -87,6 +89,7 @@ class TrainData:
         epoch = self.epochs_after(number)
         first = self._epoch_ends[epoch - 1] if epoch else 0
         return Step(
+            number=number,
             batches=[build_batch(self.index, micro, self.seq_len, self.packing) for micro in deal_rows(documents, self.share)],
             num_trained=int(sum(self.index.num_trained[row].sum() for row in documents)),
             num_tokens=int(sum(self.index.lengths[row].sum() for row in documents)),
@@ -132,11 +135,6 @@ class HeldOutData:
                 yield build_batch(self.index, micro, self.seq_len, self.packing)
 
 
-def bisect_right_ends(ends: list[int], number: int) -> int:
-    """How many of the ascending ``ends`` are at most ``number``."""
-    return int(np.searchsorted(ends, number, side="right"))
-
-
 def deal_rows(rows: list[np.ndarray], share: Share) -> list[list[np.ndarray]]:
     """A rank's micro-batches out of all rows of a batch: consecutive rows stay together."""
     per_rank = len(rows) // share.num_ranks
@@ -166,5 +164,4 @@ def build_batch(index: Index, rows: list[np.ndarray], seq_len: int, packing: boo
             positions[number, place:] = np.arange(width - place)
             document_lengths.append(width - place)
     to_tensor = torch.from_numpy
-    num_trained = int((labels != IGNORED).sum())
-    return Batch(to_tensor(tokens), to_tensor(labels), to_tensor(positions), tuple(document_lengths), num_trained)
+    return Batch(to_tensor(tokens), to_tensor(labels), to_tensor(positions), tuple(document_lengths))

@@ -67,20 +67,26 @@ def find_weights(section: Model, initial_load_path: str, vocab_size: int, seq_le
 def check_weights(model: Decoder, weights: Weights) -> None:
     """Prove, before storage is allocated, that the weights fit the model; raises FormatError.
 
-    The files of a DCP folder with a manifest are verified, dealt out over the ranks: one of them may be the only one to raise.
+    Files that a manifest speaks of are verified, dealt out over the ranks: one of them may be the only one to raise.
     """
     if weights.hf is not None:
+        _check_files(weights.hf.folder, set(weights.hf.partition))
         check_names(weights.hf, {name: parameter.shape for name, parameter in model.named_parameters()}, model.config.tie_word_embeddings)
     if weights.dcp is not None:
-        if (weights.dcp / MANIFEST).is_file():
-            entries = read_manifest(weights.dcp)["files"]
-            if damage := find_damage(weights.dcp, entries, deal(sorted(entries))):
-                raise FormatError("; ".join(damage))
+        _check_files(weights.dcp, None)
         held = SafeReader(weights.dcp).read_metadata().state_dict_metadata
         for name, parameter in model.named_parameters():
             size = getattr(held.get(name), "size", None)
             if size != parameter.shape:
                 raise FormatError(f"{weights.dcp}: {name} is {'missing' if size is None else f'{list(size)} instead of {list(parameter.shape)}'}")
+
+
+def _check_files(folder: Path, names: set[str] | None) -> None:
+    """Verify a folder's files, or those of these names, where it has a manifest."""
+    if (folder / MANIFEST).is_file():
+        entries = read_manifest(folder)["files"]
+        if damage := find_damage(folder, entries, deal(sorted(name for name in entries if names is None or name in names))):
+            raise FormatError("; ".join(damage))
 
 
 def give_weights(model: Decoder, weights: Weights, seed: int) -> None:

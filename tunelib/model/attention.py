@@ -39,9 +39,13 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, documents).flatten(-2))
 
 
-def plan_documents(document_lengths: tuple[int, ...], num_rows: int, device: torch.device) -> Documents:
-    """What `Attention` needs to keep documents apart on this device; made once per micro-batch, shared by all layers."""
-    return document_lengths if device.type == "cpu" else build_block_mask(document_lengths, num_rows, device)
+def plan_documents(document_lengths: tuple[int, ...], x: Tensor, head_dim: int) -> Documents:
+    """What `Attention` needs to keep the documents of x (B, S, hidden) apart; made once per micro-batch, shared by all layers.
+
+    FlexAttention's kernels know neither float64 nor heads below 16; one document by itself, as in generation, needs no mask.
+    """
+    has_kernel = x.is_cuda and x.dtype != torch.float64 and head_dim >= 16
+    return build_block_mask(document_lengths, len(x), x.device) if has_kernel and len(document_lengths) > 1 else document_lengths
 
 
 def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple[int, ...]) -> Tensor:

@@ -69,7 +69,7 @@ class DecoderBody(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, document_lengths: tuple[int, ...]) -> Tensor:
         x = self.embed_tokens(tokens)
         rope = rope_tables(self.config, positions, x.dtype)
-        documents = plan_documents(document_lengths, len(tokens), tokens.device)
+        documents = plan_documents(document_lengths, x, self.config.head_dim)
         for layer in self.layers:
             x = layer(x, rope, documents)
         return self.norm(x)

@@ -11,7 +11,10 @@ from tunelib.model.decoder import Decoder
 
 
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, compute_dtype: torch.dtype, reduce_dtype: torch.dtype, reshard_after_forward: bool) -> None:
-    """Shard a model in place. Gradients are summed over ranks, never averaged (law 1)."""
+    """Shard a model in place. Gradients are summed over ranks, never averaged (law 1).
+
+    Every micro-batch's gradients are reduced at once: to keep them until the last would hold the whole model's on each rank.
+    """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
@@ -32,9 +35,3 @@ def forward_only(model: torch.nn.Module) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def set_gradient_sync(model: torch.nn.Module, sync: bool) -> None:
-    """Whether the next backward pass sends gradients; between micro-batches they are kept on each rank and sent once."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(sync)

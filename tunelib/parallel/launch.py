@@ -1,8 +1,8 @@
 """torchrun, with the exit codes of tunelib: ``python -m tunelib.parallel.launch [torchrun's words] train.py …`` (run_train.sh).
 
 torchrun makes every failure exit code 1, leaves its logs in the temporary folder for ever, and shows nothing of a failed rank
-that its filter leaves out. Here a worker writes its code to the file that TUNELIB_EXIT_CODE_FILE names, and the folder of that
-file, which also holds the logs, is removed at the end. torchrun runs in this very process, so that signals reach it.
+that its filter leaves out. Here the first worker that fails writes its code to the file that TUNELIB_EXIT_CODE_FILE names (and the number of the
+restart), and the folder of that file, which also holds the logs, is removed at the end. torchrun runs in this very process, so that signals reach it.
 """
 
 import glob
@@ -17,7 +17,7 @@ from torch.distributed.run import main
 
 from tunelib.errors import EXIT_CODE_FILE
 
-SAID_IN_PLAIN_WORDS = (2, 75)
+SAID_IN_PLAIN_WORDS = (2,)
 
 
 def launch() -> int:
@@ -42,9 +42,10 @@ def launch() -> int:
 
 def _read_code(file: Path) -> int:
     """What a worker wrote; 1 where none did, or where one that wrote 0 was not alone."""
+    written = sorted(file.parent.glob(f"{file.name}.*"), key=lambda path: int(path.suffix[1:]))  # one for each restart
     try:
-        return int(file.read_text()) or 1
-    except (OSError, ValueError):
+        return int(written[-1].read_text()) or 1
+    except (IndexError, OSError, ValueError):
         return 1
 
 

@@ -1,6 +1,7 @@
 """Numbers and verdicts that all processes share. Every function here is a collective that every rank must reach."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from tunelib.errors import SaveError, TunelibError
+from tunelib.errors import DataError, NumbersError, SaveError, TunelibError
 
 T = TypeVar("T")
 
@@ -47,13 +48,28 @@ def agree(error: BaseException | None) -> None:
     """
     met = gather_objects(None if error is None else (type(error).__name__, str(error), getattr(error, "exit_code", None)))
     if error is not None:
+        if isinstance(error, TunelibError):
+            error.agreed = True
         raise error
     for rank, problem in enumerate(met):
         if problem is not None:
             name, text, exit_code = problem
             elsewhere = TunelibError(f"rank {rank}: {text if exit_code is not None else f'{name}: {text}'}")
-            elsewhere.exit_code = exit_code or 1
+            elsewhere.exit_code, elsewhere.agreed = exit_code or 1, True
             raise elsewhere
+
+
+def check_same(value: dict[str, Any], what: str) -> None:
+    """Make sure that every rank has the same facts, such as what it read from its own disk. Collective.
+
+    Raises:
+        DataError: on every rank, naming what differs and where.
+    """
+    for rank, other in enumerate(gather_objects(value)):
+        if different := [name for name in sorted({*value, *other}) if value.get(name) != other.get(name)]:
+            error = DataError(f"{what} of rank {rank} is not that of the others: {', '.join(different)} differ; give every machine the same files")
+            error.agreed = True
+            raise error
 
 
 @contextlib.contextmanager
@@ -93,6 +109,17 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm
+
+
+def check_finite(loss: float, grad_norm: float, step: int) -> None:
+    """Stop before numbers that are not finite reach the weights; both are the same on every rank, and so is the verdict."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        error = NumbersError(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}: stopped before the weights change. The checkpoints are of earlier steps and good; "
+            "go on from one with a lower --optimizer.lr or a longer --lr_scheduler.warmup_steps."
+        )
+        error.agreed = True
+        raise error
 
 
 def local(tensor: Tensor) -> Tensor:

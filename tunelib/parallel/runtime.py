@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from tunelib.config.schema import Comm, Training
-from tunelib.errors import EXIT_CODE_FILE, TunelibError
-from tunelib.files import lock_folder
+from tunelib.errors import EXIT_CODE_FILE, ConfigError, TunelibError
+from tunelib.files import check_replaceable, lock_folder, remove_debris
 from tunelib.parallel.reduce import agreed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -60,7 +60,11 @@ def start(training: Training, comm: Comm) -> Iterator[Runtime]:
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"NGPU asks for a GPU number {local_rank}, but this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
+    if training.deterministic:  # read by cuBLAS at its first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if world_size > 1:
         _die_with_parent()
     random.seed(training.seed)
@@ -79,21 +83,26 @@ def start(training: Training, comm: Comm) -> Iterator[Runtime]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
     try:
         yield runtime
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if world_size == 1:
+            dist.destroy_process_group()
+        raise  # with others, who may be waiting in a collective, leaving waits for nobody
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def hold_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
-    """Have the main process hold the run folder; collective.
+    """Have the main process hold the run folder, and look that what the run will replace in it is a run's. Collective.
 
     Raises:
-        ConfigError: on every rank, where another run holds it.
+        ConfigError: on every rank, where another run holds it, or it has an ``export`` of somebody else's.
     """
     with contextlib.ExitStack() as stack:
         with agreed():
             if runtime.is_main:
                 stack.enter_context(lock_folder(folder))
+                remove_debris(folder)
+                check_replaceable(folder / "export", "export")
         yield
 
 
@@ -127,13 +136,13 @@ def step_timeout(comm: Comm, active: bool) -> Iterator[None]:
 def run_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a program's main function; the exit code, also for run_train.sh, which cannot learn it through torchrun.
 
-    What the user can mend is printed by one process as a sentence; everything else as a traceback by the process that met it.
+    What the user can mend is printed as a sentence, by one process where all know of it; everything else as a traceback by the process that met it.
     """
     try:
         main(argv)
         return 0
     except TunelibError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or not error.agreed:
             print(f"error: {error}", file=sys.stderr)
         return _leave_exit_code(error.exit_code)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -167,8 +176,10 @@ def _report_memory(error: BaseException) -> int:
 
 
 def _leave_exit_code(code: int) -> int:
+    """Write the code where the launcher looks for it; of several processes the first knows best, the others follow from it."""
     if path := os.environ.get(EXIT_CODE_FILE):
-        Path(path).write_text(str(code))
+        with contextlib.suppress(FileExistsError), open(f"{path}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", "x") as file:
+            file.write(str(code))
     return code
 
 

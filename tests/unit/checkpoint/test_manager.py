@@ -23,6 +23,13 @@ def make_manager(folder: Path, **settings: Any) -> CheckpointManager:
     return CheckpointManager(section, folder / "checkpoint", True, repr(section), "{}")
 
 
+def begin(manager: CheckpointManager, num_steps: int = 1000) -> Decision:
+    """What a start decides and does to the step folders."""
+    decision = manager.decide(num_steps)
+    manager.follow(decision)
+    return decision
+
+
 def weights(step: int) -> dict[str, torch.Tensor]:
     return {"w": torch.full((3,), float(step))}
 
@@ -30,7 +37,7 @@ def weights(step: int) -> dict[str, torch.Tensor]:
 def save_steps(folder: Path, *steps: int, kind: str = "full", **section: Any) -> None:
     manager = make_manager(folder, **section)
     for step in steps:
-        manager.save(weights(step), RunState(step, 10 * step, 1, {"data": "x"}), kind)
+        manager.save(weights(step), RunState(step, 10 * step, 1, "cpu", {"data": "x"}), kind)
 
 
 def names_in(folder: Path) -> set[str]:
@@ -65,14 +72,14 @@ def loaded_value(manager: CheckpointManager, decision: Decision) -> float:
 
 
 def test_new_run_starts_fresh_and_says_so(tmp_path: Path) -> None:
-    decision = make_manager(tmp_path).decide()
+    decision = begin(make_manager(tmp_path))
     assert (decision.kind, decision.folder, decision.state) == ("fresh", None, None)
     assert "starting fresh" in decision.sentence
 
 
 def test_run_without_checkpoints_looks_for_none(tmp_path: Path) -> None:
     save_steps(tmp_path, 5)
-    decision = CheckpointManager(Checkpoint(), tmp_path / "checkpoint", True, "", "{}").decide()
+    decision = begin(CheckpointManager(Checkpoint(), tmp_path / "checkpoint", True, "", "{}"))
     assert decision.kind == "fresh"
     assert "enable_checkpoint is false" in decision.sentence
     assert names_in(tmp_path) == {"step-5"}
@@ -81,9 +88,9 @@ def test_run_without_checkpoints_looks_for_none(tmp_path: Path) -> None:
 def test_newest_good_checkpoint_is_resumed_with_its_state(tmp_path: Path) -> None:
     save_steps(tmp_path, 2, 9, 10)
     manager = make_manager(tmp_path)
-    decision = manager.decide()
+    decision = begin(manager)
     assert decision.kind == "resume"
-    assert decision.state == RunState(10, 100, 1, {"data": "x"})
+    assert decision.state == RunState(10, 100, 1, "cpu", {"data": "x"})
     assert "after step 10" in decision.sentence
     assert loaded_value(manager, decision) == 10
 
@@ -93,14 +100,14 @@ def test_damaged_newest_is_named_and_set_aside_and_an_older_one_is_used(tmp_path
     save_steps(tmp_path, 1, 2, 3)
     damage(tmp_path, 3, how)
     manager = make_manager(tmp_path)
-    decision = manager.decide()
+    decision = begin(manager)
     assert decision.state is not None
     assert decision.state.step == 2
     assert names_in(tmp_path) == {"step-1", "step-2", "step-3.damaged-0"}
     assert "step 3 is damaged" in decision.sentence
     assert "step-3.damaged-0" in decision.sentence
     assert loaded_value(manager, decision) == 2
-    manager.save(weights(3), RunState(3, 30, 1, {}))
+    manager.save(weights(3), RunState(3, 30, 1, "cpu", {}))
     assert names_in(tmp_path) == {"step-1", "step-2", "step-3", "step-3.damaged-0"}
 
 
@@ -108,7 +115,7 @@ def test_all_damaged_is_a_fresh_start_that_deletes_nothing(tmp_path: Path) -> No
     save_steps(tmp_path, 1, 2)
     for step in (1, 2):
         damage(tmp_path, step)
-    decision = make_manager(tmp_path).decide()
+    decision = begin(make_manager(tmp_path))
     assert decision.kind == "fresh"
     assert "step 1 is damaged" in decision.sentence
     assert names_in(tmp_path) == {"step-1.damaged-0", "step-2.damaged-0"}
@@ -118,14 +125,14 @@ def test_damage_happens_twice_to_the_same_step(tmp_path: Path) -> None:
     for _ in range(2):
         save_steps(tmp_path, 4)
         damage(tmp_path, 4)
-        make_manager(tmp_path).decide()
+        begin(make_manager(tmp_path))
     assert names_in(tmp_path) == {"step-4.damaged-0", "step-4.damaged-1"}
 
 
 def test_manifest_that_does_not_say_its_kind_is_damage(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
     damage(tmp_path, 2, "manifest without kind")
-    decision = make_manager(tmp_path).decide()
+    decision = begin(make_manager(tmp_path))
     assert decision.state is not None
     assert decision.state.step == 1
 
@@ -134,7 +141,7 @@ def test_manifest_that_does_not_say_its_kind_is_damage(tmp_path: Path) -> None:
 def test_other_folders_are_left_alone(tmp_path: Path, name: str) -> None:
     save_steps(tmp_path, 2)
     (tmp_path / "checkpoint" / name).mkdir()
-    decision = make_manager(tmp_path).decide()
+    decision = begin(make_manager(tmp_path))
     assert decision.state is not None
     assert decision.state.step == 2
     assert names_in(tmp_path) == {"step-2", name}
@@ -143,7 +150,7 @@ def test_other_folders_are_left_alone(tmp_path: Path, name: str) -> None:
 def test_debris_of_an_interrupted_save_is_removed_and_never_loaded(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     (tmp_path / "checkpoint/.step-2.staging").mkdir()
-    decision = make_manager(tmp_path).decide()
+    decision = begin(make_manager(tmp_path))
     assert decision.state is not None
     assert decision.state.step == 1
     assert names_in(tmp_path) == {"step-1"}
@@ -152,12 +159,12 @@ def test_debris_of_an_interrupted_save_is_removed_and_never_loaded(tmp_path: Pat
 def test_model_only_checkpoint_never_resumes(tmp_path: Path) -> None:
     save_steps(tmp_path, 5)
     save_steps(tmp_path, 10, kind="model")
-    decision = make_manager(tmp_path).decide()
+    decision = begin(make_manager(tmp_path))
     assert decision.state is not None
     assert decision.state.step == 5
     assert "step 10 holds model weights only" in decision.sentence
     with pytest.raises(CheckpointError, match="model weights only"):
-        make_manager(tmp_path, load_step=10).decide()
+        begin(make_manager(tmp_path, load_step=10))
     assert names_in(tmp_path) == {"step-5", "step-10"}
 
 
@@ -165,10 +172,10 @@ def test_model_only_checkpoint_never_resumes(tmp_path: Path) -> None:
 
 
 def test_seed_checkpoint_is_loaded_as_first_weights(tmp_path: Path) -> None:
-    assert make_manager(tmp_path, create_seed_checkpoint=True).decide().kind == "fresh"
+    assert begin(make_manager(tmp_path, create_seed_checkpoint=True)).kind == "fresh"
     save_steps(tmp_path, 0, kind="seed")
     manager = make_manager(tmp_path)
-    decision = manager.decide()
+    decision = begin(manager)
     assert decision.kind == "seed"
     assert "seed checkpoint" in decision.sentence
     assert loaded_value(manager, decision) == 0
@@ -177,20 +184,20 @@ def test_seed_checkpoint_is_loaded_as_first_weights(tmp_path: Path) -> None:
 def test_seed_is_the_first_thing_in_a_run_folder(tmp_path: Path) -> None:
     save_steps(tmp_path, 3)
     with pytest.raises(CheckpointError, match="already holds step 3"):
-        make_manager(tmp_path, create_seed_checkpoint=True).decide()
+        begin(make_manager(tmp_path, create_seed_checkpoint=True))
 
 
 def test_full_checkpoint_is_preferred_to_the_seed(tmp_path: Path) -> None:
     save_steps(tmp_path, 0, kind="seed")
     save_steps(tmp_path, 3)
-    assert make_manager(tmp_path).decide().kind == "resume"
+    assert begin(make_manager(tmp_path)).kind == "resume"
 
 
 def test_damaged_full_checkpoint_falls_back_to_the_seed(tmp_path: Path) -> None:
     save_steps(tmp_path, 0, kind="seed")
     save_steps(tmp_path, 3)
     damage(tmp_path, 3)
-    assert make_manager(tmp_path).decide().kind == "seed"
+    assert begin(make_manager(tmp_path)).kind == "seed"
 
 
 # load_step
@@ -198,7 +205,7 @@ def test_damaged_full_checkpoint_falls_back_to_the_seed(tmp_path: Path) -> None:
 
 def test_going_back_sets_later_steps_aside(tmp_path: Path) -> None:
     save_steps(tmp_path, 2, 4, 6)
-    decision = make_manager(tmp_path, load_step=2).decide()
+    decision = begin(make_manager(tmp_path, load_step=2))
     assert decision.state is not None
     assert decision.state.step == 2
     assert names_in(tmp_path) == {"step-2", "step-4.superseded-0", "step-6.superseded-0"}
@@ -207,9 +214,9 @@ def test_going_back_sets_later_steps_aside(tmp_path: Path) -> None:
 def test_restart_of_a_run_that_went_back_takes_its_newest_step(tmp_path: Path) -> None:
     save_steps(tmp_path, 2, 4, 6)
     manager = make_manager(tmp_path, load_step=2)
-    manager.decide()
-    manager.save(weights(4), RunState(4, 40, 1, {}))
-    decision = make_manager(tmp_path, load_step=2).decide()
+    begin(manager)
+    manager.save(weights(4), RunState(4, 40, 1, "cpu", {}))
+    decision = begin(make_manager(tmp_path, load_step=2))
     assert decision.state is not None
     assert decision.state.step == 4
     assert names_in(tmp_path) == {"step-2", "step-4", "step-4.superseded-0", "step-6.superseded-0"}
@@ -218,7 +225,7 @@ def test_restart_of_a_run_that_went_back_takes_its_newest_step(tmp_path: Path) -
 def test_restart_before_the_first_save_goes_back_again(tmp_path: Path) -> None:
     save_steps(tmp_path, 2, 4)
     for _ in range(2):
-        decision = make_manager(tmp_path, load_step=2).decide()
+        decision = begin(make_manager(tmp_path, load_step=2))
         assert decision.state is not None
         assert decision.state.step == 2
     assert names_in(tmp_path) == {"step-2", "step-4.superseded-0"}
@@ -226,10 +233,10 @@ def test_restart_before_the_first_save_goes_back_again(tmp_path: Path) -> None:
 
 def test_missing_load_step_is_an_error_that_lists_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"load_step = 3.*no checkpoint"):
-        make_manager(tmp_path, load_step=3).decide()
+        begin(make_manager(tmp_path, load_step=3))
     save_steps(tmp_path, 2, 4)
     with pytest.raises(CheckpointError, match=r"load_step = 3.*steps 2, 4"):
-        make_manager(tmp_path, load_step=3).decide()
+        begin(make_manager(tmp_path, load_step=3))
     assert names_in(tmp_path) == {"step-2", "step-4"}
 
 
@@ -237,7 +244,7 @@ def test_damaged_load_step_is_an_error_and_nothing_is_set_aside(tmp_path: Path) 
     save_steps(tmp_path, 2, 4)
     damage(tmp_path, 2)
     with pytest.raises(CheckpointError, match="checksum"):
-        make_manager(tmp_path, load_step=2).decide()
+        begin(make_manager(tmp_path, load_step=2))
     assert names_in(tmp_path) == {"step-2", "step-4"}
 
 
@@ -246,7 +253,7 @@ def test_damaged_load_step_is_an_error_and_nothing_is_set_aside(tmp_path: Path) 
 
 def test_resume_never_sets_everything_aside(tmp_path: Path) -> None:
     save_steps(tmp_path, 2, 4)
-    decision = make_manager(tmp_path, resume="never").decide()
+    decision = begin(make_manager(tmp_path, resume="never"))
     assert decision.kind == "fresh"
     assert "2 old checkpoints set aside" in decision.sentence
     assert names_in(tmp_path) == {"step-2.superseded-0", "step-4.superseded-0"}
@@ -254,13 +261,13 @@ def test_resume_never_sets_everything_aside(tmp_path: Path) -> None:
 
 def test_resume_must_stops_without_a_full_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'must'.*no full checkpoint"):
-        make_manager(tmp_path, resume="must").decide()
+        begin(make_manager(tmp_path, resume="must"))
     save_steps(tmp_path, 0, kind="seed")
     save_steps(tmp_path, 5, kind="model")
-    with pytest.raises(CheckpointError, match="'must'"):
-        make_manager(tmp_path, resume="must").decide()
+    with pytest.raises(CheckpointError, match="no full checkpoint to resume from"):
+        begin(make_manager(tmp_path, resume="must"))
     save_steps(tmp_path, 3)
-    assert make_manager(tmp_path, resume="must").decide().kind == "resume"
+    assert begin(make_manager(tmp_path, resume="must")).kind == "resume"
 
 
 # Retention
@@ -286,7 +293,7 @@ def test_retention_counts_full_checkpoints_only_and_never_takes_the_newest(tmp_p
 def test_set_aside_folders_are_not_counted_and_not_removed(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     damage(tmp_path, 1)
-    make_manager(tmp_path).decide()
+    begin(make_manager(tmp_path))
     save_steps(tmp_path, 2, 3, 4, keep_latest_k=1)
     assert names_in(tmp_path) == {"step-1.damaged-0", "step-4"}
 
@@ -296,10 +303,10 @@ def test_older_damaged_step_does_not_stop_the_saves_of_a_resumed_run(tmp_path: P
     save_steps(tmp_path, 1, 2)
     damage(tmp_path, 1, how)
     manager = make_manager(tmp_path)
-    decision = manager.decide()
+    decision = begin(manager)
     assert decision.state is not None
     assert decision.state.step == 2
-    manager.save(weights(3), RunState(3, 30, 1, {}))
+    manager.save(weights(3), RunState(3, 30, 1, "cpu", {}))
     assert "step-3" in names_in(tmp_path)
 
 
@@ -318,11 +325,11 @@ def test_committed_step_verifies_and_carries_what_it_needs(tmp_path: Path) -> No
 
 def test_step_is_saved_once(tmp_path: Path) -> None:
     manager = make_manager(tmp_path)
-    assert manager.save(weights(1), RunState(1, 1, 1, {})) is not None
-    assert manager.save(weights(2), RunState(1, 1, 1, {})) is None
+    assert manager.save(weights(1), RunState(1, 1, 1, "cpu", {})) is not None
+    assert manager.save(weights(2), RunState(1, 1, 1, "cpu", {})) is None
     resumed = make_manager(tmp_path)
-    resumed.load(weights(0), resumed.decide())
-    assert resumed.save(weights(2), RunState(1, 1, 1, {})) is None
+    resumed.load(weights(0), begin(resumed))
+    assert resumed.save(weights(2), RunState(1, 1, 1, "cpu", {})) is None
 
 
 def test_failed_save_leaves_no_new_step_and_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +338,7 @@ def test_failed_save_leaves_no_new_step_and_the_old_ones(tmp_path: Path, monkeyp
     with pytest.raises(SaveError, match=r"step-2 cannot be written.*No space left"):
         save_steps(tmp_path, 2)
     monkeypatch.undo()
-    decision = make_manager(tmp_path).decide()
+    decision = begin(make_manager(tmp_path))
     assert decision.state is not None
     assert decision.state.step == 1
     assert names_in(tmp_path) == {"step-1"}
@@ -370,7 +377,7 @@ def test_interval_counts_seconds_since_the_last_save(tmp_path: Path, monkeypatch
     assert not manager.is_due(1, (0, 0))
     now += 1
     assert manager.is_due(2, (0, 0))
-    manager.save(weights(2), RunState(2, 2, 1, {}))
+    manager.save(weights(2), RunState(2, 2, 1, "cpu", {}))
     assert not manager.is_due(3, (0, 0))
 
 
@@ -392,3 +399,23 @@ def test_every_changed_thing_is_named_with_both_values() -> None:
     for words in ("file: 'abc' then, 'xyz' now", "seed: 1 then, 2 now", "gone: True then", "new: None then, 5 now", "--checkpoint.resume never"):
         assert words in str(caught.value)
     assert "same" not in str(caught.value)
+
+
+def test_refused_start_sets_nothing_aside(tmp_path: Path) -> None:
+    save_steps(tmp_path, 2, 4)
+    decision = make_manager(tmp_path, load_step=2).decide(1000)
+    assert decision.supersede == (4,)
+    assert names_in(tmp_path) == {"step-2", "step-4"}, "the caller may still find that the run is another one"
+
+
+def test_finished_run_with_weights_alone_is_exported_again_and_not_trained_again(tmp_path: Path) -> None:
+    save_steps(tmp_path, 2)
+    save_steps(tmp_path, 4, kind="model")
+    assert begin(make_manager(tmp_path), 4).kind == "finished"
+    assert begin(make_manager(tmp_path), 5).kind == "resume", "it is to be extended"
+
+
+def test_restart_by_torchrun_goes_on_even_if_resume_is_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(tmp_path, 2)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert begin(make_manager(tmp_path, resume="never")).kind == "resume"

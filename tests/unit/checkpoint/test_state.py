@@ -68,7 +68,7 @@ def test_random_state_goes_on_where_it_was() -> None:
 
 
 def test_facts_survive_json(tmp_path: Path) -> None:
-    state = RunState(7, 700, 2, {"model": {"hidden_size": 4}, "validation.fraction": None, "rope_theta": 5e5})
+    state = RunState(7, 700, 2, "cpu", {"model": {"hidden_size": 4}, "validation.fraction": None, "rope_theta": 5e5})
     (tmp_path / "state.json").write_text(state.to_json())
     assert read_run_state(tmp_path) == state
 
