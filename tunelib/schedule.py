@@ -20,7 +20,7 @@ def lr_factor(section: LrScheduler, step: int, num_steps: int) -> float:
     if section.decay_type == "constant":
         return 1.0
     after_warmup = max(num_steps - section.warmup_steps, 0)
-    num_decay = after_warmup if section.decay_ratio is None else min(math.ceil(section.decay_ratio * num_steps), after_warmup)
+    num_decay = after_warmup if section.decay_ratio is None else min(max(round(section.decay_ratio * num_steps), 1), after_warmup)
     progress = (step - (num_steps - num_decay)) / (num_decay + 1)
     if progress <= 0:
         return 1.0
