@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train: ./run_train.sh [--section.key value ...]
+# Train: ./run_train.sh [FILE.toml] [--section.key value ...]
 #
 #   CONFIG         the TOML file, or the name of one in train_configs/ (debug_model); CONFIG_FILE is the same thing
 #   NGPU           processes on this machine (1); on a machine without GPUs they share its processors
@@ -10,8 +10,8 @@
 #   NGPU=2 CONFIG=smollm2_135m_full ./run_train.sh --training.steps 10
 #   ./run_train.sh --help
 #
-# Paths are relative to the current directory, wherever this file lies. Exit codes: 0 done, 2 a mistake to mend, 1 anything else.
-# bash 3.2 (macOS) must be able to run this file.
+# Paths are relative to the current directory, wherever this file lies. Exit codes: 0 done, 2 a mistake to mend, 75 stopped
+# by a signal and saved, 1 anything else. bash 3.2 (macOS) must be able to run this file.
 set -euo pipefail
 
 script=${BASH_SOURCE[0]}
@@ -36,6 +36,14 @@ if [ "$NNODES" -gt 1 ] && { [ -z "${RDZV_ENDPOINT:-}" ] || [ -z "${NODE_RANK:-}"
 fi
 
 config=${CONFIG:-${CONFIG_FILE:-}}
+case ${1:-} in
+'' | -*) ;;
+*) # ./run_train.sh mine.toml
+    [ -z "$config" ] || [ "$config" = "$1" ] || fail "CONFIG ($config) and the first word ($1) both name a config; give one"
+    config=$1
+    shift
+    ;;
+esac
 if [ -n "${CONFIG_FILE:-}" ] && [ "$CONFIG_FILE" != "$config" ]; then
     fail "CONFIG ($CONFIG) and CONFIG_FILE ($CONFIG_FILE) differ; give one"
 fi

@@ -26,9 +26,10 @@ from tunelib.data.chat import ChatTemplate
 from tunelib.data.index import build_index, split_held_out
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
 from tunelib.data.tokenizer import Tokenizer
+from tunelib.errors import Stopped, TunelibError
 from tunelib.files import replace_file
 from tunelib.formats.hf import export_hf
-from tunelib.formats.load import check_weights, check_weights_folder, find_weights, give_weights, plan_export_of
+from tunelib.formats.load import check_weights, check_weights_folder, find_tokenizer_folder, find_weights, give_weights, plan_export_of
 from tunelib.infer.generate import answer_prompts, encode_prompts
 from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.observe.console import Console
@@ -39,8 +40,8 @@ from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.mesh import build_layout
-from tunelib.parallel.reduce import agreed, check_finite, check_same, clip_gradients, sum_over_ranks
-from tunelib.parallel.runtime import DTYPES, Runtime, hold_folder, leave, run_main, start, step_timeout
+from tunelib.parallel.reduce import agreed, any_rank, check_finite, check_same, clip_gradients, sum_over_ranks
+from tunelib.parallel.runtime import DTYPES, Runtime, StopSignal, hold_folder, leave, run_main, start, step_timeout
 from tunelib.schedule import lr_factor
 
 
@@ -61,8 +62,8 @@ def main(argv: list[str]) -> None:
         with agreed():
             # Words. Without a tokenizer of its own a model is given the one beside its weights.
             check_weights_folder(config.checkpoint.initial_load_path)
-            tokenizer_path = config.model.tokenizer_path or config.checkpoint.initial_load_path
-            tokenizer = Tokenizer(Path(tokenizer_path)) if tokenizer_path else None
+            tokenizer_folder = find_tokenizer_folder(config.model.tokenizer_path, config.checkpoint.initial_load_path)
+            tokenizer = Tokenizer(tokenizer_folder) if tokenizer_folder else None
 
             # Know the model: from the folder it is loaded from, or from [model].
             vocab_size = tokenizer.vocab_size if tokenizer else 0
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> None:
             export = plan_export_of(
                 model,
                 weights,
-                tokenizer.folder if tokenizer else None,
+                tokenizer_folder,
                 tokenizer.special_ids if tokenizer else {},
                 template.source if template and config.dataset.chat_template else None,
                 DTYPES.get(config.checkpoint.export_dtype),
@@ -140,7 +141,7 @@ def main(argv: list[str]) -> None:
             if same_layout:
                 restore_rng(tensors, runtime.rank, runtime.device)
         if step >= num_steps:
-            console.say(f"this run is finished at step {step}; extend it with a larger --training.steps (now {num_steps})")
+            console.say(f"this run is finished at step {step}; extend it with more --training.steps or --training.epochs (now {num_steps} steps)")
 
         # Watch: the opening lines, metrics, samples and the first validation.
         with agreed(f"{folder} cannot be written"):
@@ -149,7 +150,9 @@ def main(argv: list[str]) -> None:
             resumed_step = step if decision.kind in ("resume", "finished") else None
             metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
             samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
-        for line in opening_lines(config, runtime, layout, model, index, num_steps, weights.sentence):
+        for line in opening_lines(
+            config, runtime, layout, model, index, num_steps, weights.sentence if decision.kind == "fresh" else "weights from the checkpoint"
+        ):
             console.say(line)
         summary = Summary()
 
@@ -174,7 +177,8 @@ def main(argv: list[str]) -> None:
             validate()
             show_samples()
 
-        # The loop.
+        # The loop, which ends early, saved, where a signal asks for it.
+        stop = closing.enter_context(StopSignal())
         console.start_steps(num_steps, step)
         first_step, last_validated = step + 1, step
         while step < num_steps:
@@ -196,6 +200,12 @@ def main(argv: list[str]) -> None:
                 last_validated = step
             if step < num_steps and manager.is_due(step, finished_epochs):
                 save()
+            if step < num_steps and any_rank(stop.received, runtime.device):
+                console.end_steps()
+                if not config.checkpoint.enable_checkpoint:
+                    raise TunelibError(f"stopped after step {step} by a signal; nothing was saved: checkpoint.enable_checkpoint is false")
+                save()
+                raise Stopped(f"stopped after step {step} by a signal, and saved; the same command goes on from there")
         console.end_steps()
 
         # Close: the last validation and samples, the last checkpoint, the export, one summary.

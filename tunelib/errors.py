@@ -6,7 +6,8 @@ TunelibError
 ├── FormatError       weights or a config.json that cannot be read as asked   exit code 2
 ├── CheckpointError   a checkpoint that is missing, damaged or does not fit   exit code 2
 │   └── SaveError     writing one failed: the disk's fault, not the user's    exit code 1
-└── NumbersError      training ran into numbers that are not finite           exit code 1
+├── NumbersError      training ran into numbers that are not finite           exit code 1
+└── Stopped           a signal asked the run to end, and it has saved         exit code 75
 """
 
 EXIT_CODE_FILE = "TUNELIB_EXIT_CODE_FILE"
@@ -55,3 +56,10 @@ class NumbersError(TunelibError):
     """A loss or gradient that is not finite: nothing after it is worth keeping."""
 
     exit_code = 1
+
+
+class Stopped(TunelibError):
+    """The run ended because a signal asked it to, with everything saved; the same command goes on."""
+
+    exit_code = 75
+    agreed = True

@@ -145,7 +145,8 @@ def test_run_on_several_processes_tells_torchrun_the_exit_code(tmp_path: Path) -
     words = ["--job.dump_folder", str(tmp_path), "--dataset.path", str(tmp_path / "nowhere.jsonl")]
     done = subprocess.run(["./run_train.sh", *words], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"NGPU": "2"})
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("does not exist") == 1
+    assert done.stderr.count("no such data file") == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -112,7 +112,7 @@ def test_finished_run_says_how_to_extend_it_and_is_extended(train: Callable[...,
     run = train(toml, "--training.steps", "6")
     capsys.readouterr()
     train(toml, "--training.steps", "6", folder=run.folder)
-    assert "extend it with a larger --training.steps (now 6)" in capsys.readouterr().out
+    assert "extend it with more --training.steps or --training.epochs (now 6 steps)" in capsys.readouterr().out
     train(toml, "--training.steps", "8", folder=run.folder)
     assert [row["step"] for row in run.rows() if "loss" in row] == list(range(1, 9))
 
@@ -278,3 +278,29 @@ def test_ranks_that_read_other_data_are_told_so(tmp_path: Path, toml: Path) -> N
     assert "file" in said[0]
     assert "differ; give every machine the same files" in said[0]
     assert "Traceback" not in said[0] + said[1]
+
+
+@pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_signal_ends_the_run_saved_and_the_same_command_goes_on(tmp_path: Path, world_size: int, number: int) -> None:
+    extra = "[checkpoint]\nenable_checkpoint = true\ninterval = 100000\n"
+    toml = write_toml(tmp_path / "tiny.toml", write_chats(tmp_path / "chats.jsonl", 60), extra)
+    stopped, whole = Run(tmp_path / "stopped"), Run(tmp_path / "whole")
+    words = ["./run_train.sh", str(toml), "--job.dump_folder", str(stopped.folder)]
+    environment = os.environ | {"NGPU": str(world_size), "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen([*words, "--training.steps", "100000"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 90
+        while (not (stopped.folder / "metrics.jsonl").exists() or len(stopped.rows()) < 3) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        launcher.send_signal(number)
+        said = launcher.communicate(timeout=60)[1]
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 75, said
+    assert said.count("by a signal, and saved; the same command goes on from there") == 1
+    assert "Traceback" not in said
+    step = len(stopped.rows())
+    assert [path.name for path in (stopped.folder / "checkpoint").iterdir()] == [f"step-{step}"]
+    steps = ["--training.steps", str(step + 3)]
+    run_processes([[str(toml), "--job.dump_folder", str(run.folder), *steps] for run in (stopped, whole)], world_size)
+    assert stopped.series("loss") == whole.series("loss")

@@ -6,6 +6,7 @@ A step folder is ``step-N``, committed by `tunelib.files`; its manifest says of 
 
 import os
 import re
+import shutil
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -103,7 +104,8 @@ class CheckpointManager:
             if problems or manifest["kind"] == "model":
                 raise CheckpointError(problems[0] if problems else f"{self._path(wanted)} holds model weights only: it cannot be resumed from")
             later = tuple(step for step in steps if step > wanted)
-            return replace(self._begin_with(wanted, manifest["kind"], "checkpoint.load_step asks for it"), supersede=later)
+            aside = f"; {_name_steps(list(later))} set aside" if later else ""
+            return replace(self._begin_with(wanted, manifest["kind"], f"checkpoint.load_step asks for it{aside}"), supersede=later)
         passed_over, weights_only = "", -1
         for step in reversed(steps):
             manifest, problems = self._verify(step)
@@ -197,7 +199,12 @@ class CheckpointManager:
         with agreed(failed):
             if self.is_main:
                 files.make_staging(final)
-        save_tensors(tensors, staging)
+        try:
+            save_tensors(tensors, staging)
+        except SaveError as problem:  # raised on every rank
+            on_main(lambda: files.remove_folder(staging))
+            free = on_main(lambda: shutil.disk_usage(self.folder).free)
+            raise SaveError(f"{problem} ({free / 2**20:,.0f} MiB are free there now)") from None
         with agreed(failed):
             if self.is_main:
                 files.write_file(staging / STATE_FILE, state.to_json())

@@ -102,9 +102,10 @@ def find_batch_fault(checked: Checked) -> Iterator[str]:
     below = training.global_batch_size // unit * unit
     works = f"{below} or {below + unit}" if below else str(unit)
     divisor = f"{ranks} processes" if training.local_batch_size == -1 else f"local_batch_size {training.local_batch_size} × {ranks} data ranks"
-    place = checked.first_at("training.global_batch_size", "training.local_batch_size")
+    keys = ("training.global_batch_size", "training.local_batch_size")
+    place = checked.first_at(*sorted(keys, key=lambda key: -checked.settings[key].origin.layer if key in checked.settings else 0))
     batch = "" if "training.global_batch_size" in place else f"global_batch_size {training.global_batch_size} "
-    yield f"{place}: {batch}does not divide by {divisor}; the nearest that works is training.global_batch_size = {works}" + (
+    yield f"{place}: {batch}is not a multiple of {divisor}; the nearest that works is training.global_batch_size = {works}" + (
         f", or training.local_batch_size = {largest_divisor(training.global_batch_size // ranks, training.local_batch_size)}"
         if training.local_batch_size != -1 and training.global_batch_size % ranks == 0
         else ""

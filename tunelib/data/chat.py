@@ -47,6 +47,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer, choice: str = ""):
         self.tokenizer = tokenizer
         self.source = _find_source(tokenizer, choice)
+        self.name = choice or str(tokenizer.folder)
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
         )
@@ -54,8 +55,10 @@ class ChatTemplate:
         environment.globals.update(raise_exception=_raise_exception, strftime_now=DATE.strftime)
         try:
             self._template = environment.from_string(self.source)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"{self.name}:{error.lineno}: the chat template is not valid Jinja: {error}") from None
         except (jinja2.TemplateError, RecursionError) as error:
-            raise DataError(f"the chat template of {tokenizer.folder} is not valid Jinja: {error}") from None
+            raise DataError(f"{self.name}: the chat template is not valid Jinja: {error}") from None
         self._has_generation_tags = bool(re.search(r"{%-?\s*generation\b", self.source))
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
@@ -87,7 +90,7 @@ class ChatTemplate:
                 messages=given, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.tokenizer.special
             )
         except Exception as error:  # a template is a program, and may fail in any way that programs do
-            raise DataError(f"the chat template refuses the conversation: {error}") from None
+            raise DataError(f"{self.name}: the chat template refuses the conversation: {error}") from None
 
     def _find_spans(self, messages: list[Message]) -> tuple[str, list[Span]]:
         """The rendered text and the [start, end) characters of every answer, its end-of-turn token included."""

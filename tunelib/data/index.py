@@ -119,7 +119,10 @@ def build_index(path: Path, section: Dataset, seq_len: int, tokenizer: Tokenizer
             builder = _Builder(seq_len, _resolve_too_long(section.too_long, format))
         tokens, trained = _encode(row, format, section, tokenizer, template, where)
         if len(tokens) and tokens.max() >= vocab_size:
-            raise DataError(f"{where}: the tokenizer gives id {tokens.max()}, but the model's vocabulary ends at {vocab_size - 1}")
+            raise DataError(
+                f"{where}: the tokenizer gives id {tokens.max()}, but the model's vocabulary ends at {vocab_size - 1}: "
+                "model.tokenizer_path is not the model's own, or model.vocab_size is too small"
+            )
         builder.add(tokens, trained, line, where)
     if builder is None:
         raise DataError(f"{path} holds no document")

@@ -3,6 +3,7 @@
 Everything wrong with a row is a DataError that begins with ``file:line``.
 """
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
         DataError: no such file, an unknown kind, bytes that are not UTF-8, or a line that is not a JSON object.
     """
     if not path.exists():
-        raise DataError(f"{path} does not exist")
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else [], n=1)
+        raise DataError(f"{path}: no such data file{f'; did you mean {path.with_name(near[0])}?' if near else ''}")
     if path.is_dir():
         raise DataError(f"{path} is a directory; name one .jsonl or .txt file")
     if path.suffix in TEXT_SUFFIXES:
@@ -101,6 +103,8 @@ def _text_in(row: Row, column: str, where: str) -> str:
 def _parse_line(line: bytes, where: str) -> Row:
     try:
         row = json.loads(_decode(line, where))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}; a .jsonl file has one JSON object a line") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):

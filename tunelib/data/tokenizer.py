@@ -32,8 +32,8 @@ class Tokenizer:
     def __init__(self, folder: Path):
         self.folder = folder
         if not (folder / "tokenizer.json").is_file():
-            found = "it has tokenizer.model, which is not read yet" if (folder / "tokenizer.model").is_file() else "is it a tokenizer folder?"
-            raise DataError(f"{folder} has no tokenizer.json: {found}; name a folder that has one with model.tokenizer_path")
+            found = "; it has tokenizer.model, which is not read yet" if (folder / "tokenizer.model").is_file() else ""
+            raise DataError(f"{folder} has no tokenizer.json{found}; name a folder that has one with model.tokenizer_path")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_with_whole_offsets(_read_json(folder / "tokenizer.json"))))
         except DataError:

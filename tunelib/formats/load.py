@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tunelib.checkpoint.dcp_reader import SafeReader, load_tensors
+from tunelib.config import load_config
 from tunelib.config.schema import Model
 from tunelib.config.sizes import SIZES
 from tunelib.errors import FormatError
@@ -19,6 +20,8 @@ from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder, draw_weight
 from tunelib.model.families import hf_config, llama, parse_config
 from tunelib.parallel.reduce import deal, local
+
+CONFIG_FILE = "config.toml"
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,22 @@ class Weights:
 
 def check_weights_folder(initial_load_path: str) -> None:
     """Say how to get a model, before anything else looks into a folder that is not there; raises FormatError."""
-    if initial_load_path and not Path(initial_load_path).is_dir():
+    folder = Path(initial_load_path)
+    if initial_load_path and not (folder / "config.json").is_file() and (folder / "export" / "config.json").is_file():
+        raise FormatError(f"checkpoint.initial_load_path = {initial_load_path!r} is a run folder; its weights are in {folder / 'export'}")
+    if initial_load_path and not folder.is_dir():
         raise FormatError(f"checkpoint.initial_load_path = {initial_load_path!r} is not a folder; scripts/download.py fetches one from the Hub")
+
+
+def find_tokenizer_folder(tokenizer_path: str, initial_load_path: str) -> Path | None:
+    """Where the tokenizer is: as told, beside the weights, or where the run that wrote a step folder had it; None for none at all."""
+    if tokenizer_path or not initial_load_path:
+        return Path(tokenizer_path) if tokenizer_path else None
+    folder = Path(initial_load_path)
+    if (folder / "tokenizer.json").is_file() or not (folder / CONFIG_FILE).is_file():
+        return folder
+    written = load_config([str(folder / CONFIG_FILE)]).config
+    return find_tokenizer_folder(written.model.tokenizer_path, written.checkpoint.initial_load_path)
 
 
 def find_weights(section: Model, initial_load_path: str, vocab_size: int, seq_len: int) -> Weights:

@@ -6,6 +6,7 @@ restart), and the folder of that file, which also holds the logs, is removed at 
 """
 
 import glob
+import logging
 import os
 import shutil
 import sys
@@ -17,12 +18,13 @@ from torch.distributed.run import main
 
 from tunelib.errors import EXIT_CODE_FILE
 
-SAID_IN_PLAIN_WORDS = (2,)
+SAID_IN_PLAIN_WORDS = (2, 75)
 
 
 def launch() -> int:
     """Run torchrun with this program's words; the exit code of the workers."""
     file = Path(os.environ[EXIT_CODE_FILE])
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said below
     try:
         main()
         return 0

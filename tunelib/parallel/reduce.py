@@ -98,6 +98,11 @@ def on_main(act: Callable[[], T]) -> T:
     return from_main(done[0] if done else None)  # type: ignore[return-value]  # rank 0 always has one
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank. Collective."""
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients down to an L2 norm of ``max_norm``; returns the norm before, a scalar.
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from tunelib.config.schema import Comm, Training
-from tunelib.errors import EXIT_CODE_FILE, ConfigError, TunelibError
+from tunelib.errors import EXIT_CODE_FILE, ConfigError, Stopped, TunelibError
 from tunelib.files import check_replaceable, lock_folder, remove_debris
 from tunelib.parallel.reduce import agreed
 
@@ -106,6 +106,26 @@ def hold_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
         yield
 
 
+class StopSignal:
+    """Whether somebody wants the run to end: Ctrl-C, or SIGTERM from a scheduler. A second signal ends it at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: object) -> None:
+        if self.received:
+            leave(_leave_exit_code(1))
+        self.received = True
+
+
 def resolve_dtypes(training: Training, device: torch.device) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     """Parameter, compute and reduction dtypes after "auto" (see the fields of [training])."""
     param = DTYPES["float32" if training.dtype == "auto" else training.dtype]
@@ -143,10 +163,13 @@ def run_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
         return 0
     except TunelibError as error:
         if os.environ.get("RANK", "0") == "0" or not error.agreed:
-            print(f"error: {error}", file=sys.stderr)
+            print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
         return _leave_exit_code(error.exit_code)
     except (torch.OutOfMemoryError, MemoryError) as error:
         return _leave_exit_code(_report_memory(error))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return _leave_exit_code(1)
     except Exception as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
             return _leave_exit_code(_report_memory(error))

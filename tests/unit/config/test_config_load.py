@@ -161,7 +161,7 @@ def test_whether_paths_exist_is_not_asked() -> None:
 
 def test_world_size_shapes_nothing_but_the_check() -> None:
     assert load(GOOD, world_size=4).config == load(GOOD, world_size=1).config
-    with pytest.raises(ConfigError, match="does not divide by 3 processes"):
+    with pytest.raises(ConfigError, match="is not a multiple of 3 processes"):
         load(GOOD, world_size=3)
 
 

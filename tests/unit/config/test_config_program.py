@@ -54,7 +54,7 @@ def test_good_config_is_shown_with_origins(tmp_path: Path) -> None:
 
 def test_world_size_comes_from_the_environment(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(GOOD)
-    assert "does not divide by 3 processes" in run(tmp_path, "run.toml", WORLD_SIZE="3").stderr
+    assert "is not a multiple of 3 processes" in run(tmp_path, "run.toml", WORLD_SIZE="3").stderr
     done = run(tmp_path, "run.toml", WORLD_SIZE="two")
     assert (done.returncode, done.stderr) == (2, "environment: WORLD_SIZE=two: expected the number of processes, at least 1\n")
 

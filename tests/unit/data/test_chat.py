@@ -235,7 +235,7 @@ def test_template_that_reaches_out_or_fails_is_refused(tmp_path: Path, monkeypat
 
 
 def test_template_that_is_not_jinja_is_refused_with_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{tmp_path} is not valid Jinja"):
+    with pytest.raises(DataError, match=f"{tmp_path}:1: the chat template is not valid Jinja"):
         ChatTemplate(open_tokenizer(tmp_path, ["<s>"], "{% for %}"))
 
 

@@ -50,7 +50,7 @@ def test_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
 def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     bad = {
-        tmp_path / "none.jsonl": "does not exist",
+        tmp_path / "none.jsonl": "no such data file",
         tmp_path / "folder.jsonl": "is a directory",
         write(tmp_path / "table.csv", "a,b"): ".csv is not a kind",
         write(tmp_path / "bare", ""): "without a suffix",
