@@ -50,6 +50,10 @@ except BlockingIOError:
     fcntl.flock(9, fcntl.LOCK_EX)
 '
 
+# Threads that wait for each other spin only briefly: alone a run is as fast, and beside another program that computes it is not
+# slowed down sixteenfold (docs/parallelism.md). Read by GNU's OpenMP, which torch uses on Linux, when torch is loaded.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
+
 # find_or_make_env REPO [EXTRA]: sets PYTHON. EXTRA is a list of pyproject.toml's optional dependencies, such as dev.
 find_or_make_env() {
     local repo=$1 extra=${2:-core} answer="" base="" candidate
