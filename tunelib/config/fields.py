@@ -9,12 +9,12 @@ import inspect
 import json
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 
-from tunelib.config import schema
 from tunelib.config.schema import Bounds, Config, IsPath
 
 LARGEST_INTEGER = 2**63 - 1
@@ -179,7 +179,7 @@ def find_nearest(word: str, names: Iterable[str]) -> str | None:
 
 def read_meanings() -> dict[str, str]:
     """Dotted key → the docstring under the field, and section → its class's docstring, from the source of the schema."""
-    tree = ast.parse(inspect.getsource(schema))
+    tree = ast.parse(inspect.getsource(sys.modules[Config.__module__]))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     meanings = {}
     for section, kind in SECTIONS.items():
