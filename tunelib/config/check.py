@@ -51,6 +51,13 @@ def find_conflicts(checked: Checked, broken: set[str]) -> list[str]:
     return messages
 
 
+def find_notices(checked: Checked) -> Iterator[str]:
+    """What may well be meant, such as a short trial of a long run's file, but should not pass in silence."""
+    steps, scheduler = checked.config.training.steps, checked.config.lr_scheduler
+    if steps is not None and scheduler.warmup_steps >= steps and scheduler.decay_type != "constant":
+        yield f"{checked.at('lr_scheduler.warmup_steps')}: the run has {steps} steps, so the learning rate only rises and never decays"
+
+
 def find_length_fault(checked: Checked) -> Iterator[str]:
     training = checked.config.training
     if training.steps is None and training.epochs is None and not checked.config.checkpoint.create_seed_checkpoint:

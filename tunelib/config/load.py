@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 from tunelib.config.argv import read_argv, spell_for_tyro
-from tunelib.config.check import Checked, find_conflicts
+from tunelib.config.check import Checked, find_conflicts, find_notices
 from tunelib.config.effect import has_effect, resolve_effects
 from tunelib.config.fields import FIELDS, SECTIONS, is_unset, show_value
 from tunelib.config.layers import read_files
@@ -57,12 +57,13 @@ def load_config(argv: list[str], *, world_size: int = 1) -> LoadedConfig:
     effects = resolve_effects({key: setting for key, setting in settings.items() if key not in broken}, broken)
     broken |= {key for problem in effects.problems for key in problem.keys}
     config = build_config(effects.settings)
-    conflicts = find_conflicts(Checked(config, effects.settings, line.file, world_size), broken)
+    checked = Checked(config, effects.settings, line.file, world_size)
+    conflicts = find_conflicts(checked, broken)
     messages = [problem.message for problem in [*problems, *effects.problems]] + conflicts
     if messages:
         raise ConfigError(list(dict.fromkeys(messages)))
     origins = {key: effects.settings[key].origin if key in effects.settings else Origin() for key in FIELDS}
-    return LoadedConfig(config, origins, effects.settings, line.notices + effects.notices)
+    return LoadedConfig(config, origins, effects.settings, [*line.notices, *effects.notices, *find_notices(checked)])
 
 
 def load_or_exit(argv: list[str], *, world_size: int = 1, speak: bool = True) -> LoadedConfig:

@@ -255,3 +255,11 @@ def test_help_shows_every_key_with_the_value_in_force(capsys: pytest.CaptureFixt
 def test_empty_values_are_the_unset_ones() -> None:
     assert [is_unset(value) for value in (None, "", (), [], 0, False, 0.0)] == [True, True, True, True, False, False, False]
     assert os.path.isabs(resolve_dump_folder(load().config))
+
+
+def test_warmup_as_long_as_the_run_is_said_and_not_passed_over() -> None:
+    schedule = '[lr_scheduler]\nwarmup_steps = 5\ndecay_type = "cosine"\n'
+    assert load(GOOD + schedule).notices == []
+    assert load(GOOD + schedule, "--training.steps", "5").notices == [
+        "run.toml:11: lr_scheduler.warmup_steps = 5: the run has 5 steps, so the learning rate only rises and never decays"
+    ]
