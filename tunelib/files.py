@@ -21,6 +21,8 @@ from tunelib.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+# Endings of what is being built, removed, or exchanged; what carries them is ours to clear away, so nobody else's may.
+STAGING, REMOVED, OLD = ".tunelib-staging", ".tunelib-removed", ".tunelib-old"
 CHUNK_BYTES = 1 << 22
 
 
@@ -71,7 +73,7 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, in
 
 def staging_of(final: Path) -> Path:
     """Where a folder is built before it gets its name."""
-    return final.with_name(f".{final.name}.staging")
+    return final.with_name(f".{final.name}{STAGING}")
 
 
 def make_staging(final: Path) -> Path:
@@ -178,7 +180,7 @@ def remove_folder(folder: Path) -> None:
     """Remove a folder so that an interruption leaves no half of it under its own name."""
     if not folder.exists():
         return
-    trash = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.removed")
+    trash = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}{REMOVED}")
     if trash != folder:
         if trash.exists():
             shutil.rmtree(trash)
@@ -189,11 +191,11 @@ def remove_folder(folder: Path) -> None:
 
 def remove_debris(folder: Path) -> None:
     """Remove what interrupted saves and removals left in a folder; an interrupted exchange is undone."""
-    for path in folder.glob(".*.old"):
-        name = folder / path.name[1:].removesuffix(".old")
+    for path in folder.glob(f".*{OLD}"):
+        name = folder / path.name[1:].removesuffix(OLD)
         shutil.rmtree(path) if name.exists() else os.rename(path, name)
     for path in folder.glob(".*"):
-        if path.is_dir() and path.name.endswith((".staging", ".removed")):
+        if path.is_dir() and path.name.endswith((STAGING, REMOVED)):
             shutil.rmtree(path)
 
 
@@ -224,7 +226,7 @@ def _exchange(first: Path, second: Path) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         if hasattr(libc, "renameat2") and libc.renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) == 0:
             return
-    old = second.with_name(f".{second.name}.old")
+    old = second.with_name(f".{second.name}{OLD}")
     remove_folder(old)
     os.rename(second, old)  # `remove_debris` takes it back if the next line is never reached
     os.rename(first, second)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, Run, free_port, run_processes, write_chats, write_toml
 
-from tunelib.errors import CheckpointError, ConfigError, NumbersError
+from tunelib.errors import CheckpointError, ConfigError, FormatError, NumbersError
 
 KEEP_SAVING = """
 [checkpoint]
@@ -198,9 +198,14 @@ def test_weights_start_from_any_checkpoint_of_ours(train: Callable[..., Run], to
     data = next(line for line in toml.read_text().splitlines() if line.startswith("path"))
     other = tmp_path / "from.toml"
     other.write_text(f"[model]\n{tokenizer}\n[dataset]\n{data}\n[training]\nseq_len = 128\nsteps = 1\n[validation]\nenable = true\nfraction = 0.1\n")
-    for path in (run.folder / "checkpoint/step-4", run.folder / "export"):
-        again = train(other, "--checkpoint.initial_load_path", str(path))
-        assert again.series("validation_loss")[0] == run.series("validation_loss")[-1]
+    bare = tmp_path / "bare.toml"  # a step folder says in its config.toml where its tokenizer is
+    bare.write_text(other.read_text().replace(f"[model]\n{tokenizer}\n", ""))
+    for config in (other, bare):
+        for path in (run.folder / "checkpoint/step-4", run.folder / "export"):
+            again = train(config, "--checkpoint.initial_load_path", str(path))
+            assert again.series("validation_loss")[0] == run.series("validation_loss")[-1]
+    with pytest.raises(FormatError, match=r"is a run folder; its weights are in .*export"):
+        train(bare, "--checkpoint.initial_load_path", str(run.folder))
 
 
 def test_model_only_run_is_exported_again_but_not_extended_from_nothing(train: Callable[..., Run], toml: Path, capsys: pytest.CaptureFixture) -> None:

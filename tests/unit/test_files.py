@@ -181,12 +181,19 @@ def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
 
 
 def test_debris_goes_and_everything_else_stays(tmp_path: Path) -> None:
-    for name in (".step-1.staging", ".step-2.removed", ".mine", "step-3", "step-4.damaged-0"):
+    for name in (".step-1.tunelib-staging", ".step-2.tunelib-removed", ".mine", ".mine.old", ".mine.staging", "step-3", "step-4.damaged-0"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
-    (tmp_path / ".note.staging").write_text("a file, not a folder")
+    (tmp_path / ".note.tunelib-staging").write_text("a file, not a folder")
     files.remove_debris(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {".mine", "step-3", "step-4.damaged-0", ".note.staging"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".mine",
+        ".mine.old",
+        ".mine.staging",
+        "step-3",
+        "step-4.damaged-0",
+        ".note.tunelib-staging",
+    }
 
 
 def test_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:

@@ -132,6 +132,11 @@ def resolved_toml(loaded: LoadedConfig) -> str:
     return text
 
 
+def read_written(path: Path) -> dict[str, object]:
+    """What a TOML file says, by dotted key, however it fits today's machine; for the config.toml of other runs."""
+    return {setting.key: setting.value for setting in read_files(str(path)).settings}
+
+
 def check_own_config(path: Path) -> None:
     """Make sure that the run's config.toml does not take the place of a file that somebody wrote; raises ConfigError."""
     if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(RESOLVED_HEADER):

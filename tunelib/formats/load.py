@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tunelib.checkpoint.dcp_reader import SafeReader, load_tensors
-from tunelib.config import load_config
+from tunelib.config import read_written
 from tunelib.config.schema import Model
 from tunelib.config.sizes import SIZES
 from tunelib.errors import FormatError
@@ -55,8 +55,8 @@ def find_tokenizer_folder(tokenizer_path: str, initial_load_path: str) -> Path |
     folder = Path(initial_load_path)
     if (folder / "tokenizer.json").is_file() or not (folder / CONFIG_FILE).is_file():
         return folder
-    written = load_config([str(folder / CONFIG_FILE)]).config
-    return find_tokenizer_folder(written.model.tokenizer_path, written.checkpoint.initial_load_path)
+    written = read_written(folder / CONFIG_FILE)
+    return find_tokenizer_folder(str(written.get("model.tokenizer_path", "")), str(written.get("checkpoint.initial_load_path", "")))
 
 
 def find_weights(section: Model, initial_load_path: str, vocab_size: int, seq_len: int) -> Weights:

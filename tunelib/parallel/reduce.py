@@ -120,8 +120,8 @@ def check_finite(loss: float, grad_norm: float, step: int) -> None:
     """Stop before numbers that are not finite reach the weights; both are the same on every rank, and so is the verdict."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         error = NumbersError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}: stopped before the weights change. The checkpoints are of earlier steps and good; "
-            "go on from one with a lower --optimizer.lr or a longer --lr_scheduler.warmup_steps."
+            f"step {step}: loss {loss}, gradient norm {grad_norm}: stopped before the weights change, and nothing of it is saved; "
+            "go on from an earlier checkpoint with a lower --optimizer.lr or a longer --lr_scheduler.warmup_steps."
         )
         error.agreed = True
         raise error

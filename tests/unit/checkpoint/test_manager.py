@@ -149,7 +149,7 @@ def test_other_folders_are_left_alone(tmp_path: Path, name: str) -> None:
 
 def test_debris_of_an_interrupted_save_is_removed_and_never_loaded(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
-    (tmp_path / "checkpoint/.step-2.staging").mkdir()
+    (tmp_path / "checkpoint/.step-2.tunelib-staging").mkdir()
     decision = begin(make_manager(tmp_path))
     assert decision.state is not None
     assert decision.state.step == 1
