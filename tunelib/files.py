@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tunelib.errors import CheckpointError, ConfigError
+from tunelib.errors import CheckpointError, ConfigError, TunelibError
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -40,6 +40,24 @@ def replace_file(path: Path, content: bytes | str) -> None:
     write_file(staging, content)
     os.replace(staging, path)
     sync_path(path.parent)
+
+
+def read_json(path: Path, error: type[TunelibError], missing: str = "is missing") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        error: what is raised, naming the file, where it is missing, cannot be read, or holds something else.
+        missing: what is said of a file that is not there.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} {missing}") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path} cannot be read: {problem}") from None
+    if not isinstance(content, dict):
+        raise error(f"{path} cannot be read: it is not a JSON object")
+    return content
 
 
 def sync_path(path: Path) -> None:
@@ -131,13 +149,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing, is not JSON, or is not a manifest of a format that this version reads.
     """
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the folder was never finished") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    files = manifest.get("files") if isinstance(manifest, dict) else None
+    manifest = read_json(path, CheckpointError, "is missing: the folder was never finished")
+    files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise CheckpointError(f"{path} is not a manifest of format {MANIFEST_FORMAT}")
     for name, entry in files.items():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunelib.errors import CheckpointError
+from tunelib.files import read_json
 from tunelib.optimizer import prepare_state
 
 STATE_FILE = "state.json"
@@ -41,10 +42,10 @@ class RunState:
 
 def read_run_state(folder: Path) -> RunState:
     """The facts of a full checkpoint; raises CheckpointError."""
+    fields = read_json(folder / STATE_FILE, CheckpointError)
     try:
-        fields = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         return RunState(**fields)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except TypeError as error:  # a field too many or too few
         raise CheckpointError(f"{folder / STATE_FILE} cannot be read: {error}") from None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import tokenizers
 
 from tunelib.errors import DataError
+from tunelib.files import read_json
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,8 @@ def _with_whole_offsets(stored: Any) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} cannot be read: it is not a JSON object")
-    return content
+    """The JSON object in a file, nothing where the file is missing; raises DataError."""
+    return read_json(path, DataError) if path.is_file() else {}
 
 
 def _is_token(value: Any) -> bool:

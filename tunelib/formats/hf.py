@@ -60,16 +60,7 @@ class HfFolder:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a folder; raises FormatError."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FormatError(f"{path} does not exist: is {folder} a model folder?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} is not a JSON object")
-    return config
+    return files.read_json(folder / "config.json", FormatError, f"does not exist: is {folder} a model folder?")
 
 
 def open_hf_folder(folder: Path) -> HfFolder:
@@ -264,11 +255,8 @@ def _partition(infos: list[TensorInfo]) -> dict[str, list[TensorInfo]]:
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        weight_map = index["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FormatError(f"{path} cannot be read as an index: {type(error).__name__}: {error}") from None
+    index = files.read_json(path, FormatError)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise FormatError(f"{path}: weight_map does not give a file for each tensor")
     for file in weight_map.values():
