@@ -31,7 +31,7 @@ NEIGHBOURS = {
 SINGLE_IMPORTS = {("formats", "tunelib.checkpoint.dcp_reader")}
 """(room, module): the one safe reader of DCP folders."""
 SECTIONS_OF = {
-    "data": {"Dataset", "Columns"},
+    "data": {"Dataset", "Source", "MixedSource", "Columns", "FORMAT_COLUMNS"},
     "model": {"Model", "RopeScaling"},
     "optimizer": {"Optimizer"},
     "schedule": {"LrScheduler"},

@@ -5,7 +5,7 @@ Booleans may be ``--x.flag``, ``--x.flag=true``, ``--x.flag false`` and ``--x.no
 
 from dataclasses import dataclass, field
 
-from tunelib.config.fields import FIELDS, Field, convert_value, find_fault, is_unset, parse_words, show_value
+from tunelib.config.fields import FIELDS, TABLES, Field, convert_value, find_fault, is_unset, parse_words, show_value
 from tunelib.config.renamed import RENAMED
 from tunelib.config.settings import COMMAND_LINE_LAYER, Origin, Problem, Setting, explain_stranger
 
@@ -71,6 +71,10 @@ def read_flag(flag: Flag, found: CommandLine) -> None:
     name, negated = split_negation(flag.name)
     key = RENAMED.get(name, name)
     schema_field = FIELDS.get(key)
+    table = next((table for table in TABLES if key == table or key.startswith(f"{table}.")), None)
+    if table:
+        found.problems.append(Problem(f"command line: {flag}: {table} is a list of tables, which only a file can hold", (table,)))
+        return
     if schema_field is None:
         stranger = flag.words[0] if len(flag.words) == 1 else tuple(flag.words) or True
         section, _, name = flag.name.rpartition(".")
@@ -130,6 +134,6 @@ def spell_for_tyro(setting: Setting) -> str | None:
     schema_field = FIELDS[setting.key]
     if schema_field.kind == "bool" and not schema_field.optional:
         return schema_field.flag if setting.value else f"--{schema_field.section}.no-{schema_field.name}"
-    if is_unset(setting.value) or schema_field.kind == "words":
+    if is_unset(setting.value) or schema_field.kind in ("words", "tables"):
         return None
     return f"{schema_field.flag}={setting.value}"

@@ -65,13 +65,28 @@ def find_length_fault(checked: Checked) -> Iterator[str]:
 
 
 def find_data_fault(checked: Checked) -> Iterator[str]:
-    if not checked.config.dataset.path and not checked.config.checkpoint.create_seed_checkpoint:
+    dataset = checked.config.dataset
+    if not (dataset.path or dataset.hub or dataset.mix or checked.config.checkpoint.create_seed_checkpoint):
         yield f"{checked.file}: there is nothing to train on; write 'path = \"data.jsonl\"' under [dataset]"
+
+
+def find_mix_fault(checked: Checked) -> Iterator[str]:
+    """Tables that name no source, and weights that only some have: a share cannot be worked out from those."""
+    mix = checked.config.dataset.mix
+    for number, source in enumerate(mix, start=1):
+        if not source.path and not source.hub:
+            yield f"{checked.at('dataset.mix')}: table {number} names no source; give it a path or a hub"
+    if any(source.weight is not None for source in mix):
+        for number, source in enumerate(mix, start=1):
+            if source.weight is None:
+                given = f"repeats = {source.repeats:g}" if source.repeats is not None else "no weight"
+                name = source.path or source.hub
+                yield f"{checked.at('dataset.mix')}: table {number} ({name}) has {given}, but others a weight; give all a weight, or none"
 
 
 def find_validation_fault(checked: Checked) -> Iterator[str]:
     validation = checked.config.validation
-    if validation.enable and not validation.path and validation.fraction is None:
+    if validation.enable and not validation.path and not validation.split and validation.fraction is None:
         yield f"{checked.at('validation.enable')}: needs held-out documents; give validation.path (a file) or validation.fraction (such as 0.05)"
 
 
@@ -206,8 +221,9 @@ def find_long_rows(checked: Checked, longest: object, source: str) -> Iterator[s
 
 RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...] = (
     (("training.steps", "training.epochs", "checkpoint.create_seed_checkpoint"), find_length_fault),
-    (("dataset.path", "checkpoint.create_seed_checkpoint"), find_data_fault),
-    (("validation.enable", "validation.path", "validation.fraction"), find_validation_fault),
+    (("dataset.path", "dataset.hub", "dataset.mix", "checkpoint.create_seed_checkpoint"), find_data_fault),
+    (("dataset.mix",), find_mix_fault),
+    (("validation.enable", "validation.path", "validation.split", "validation.fraction"), find_validation_fault),
     (("checkpoint.folder",), find_folder_fault),
     (("parallelism.",), find_degree_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),

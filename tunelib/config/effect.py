@@ -4,9 +4,11 @@ Within one layer a key without effect, or two keys that exclude each other, are 
 lower layer said is dropped, with one notice, so that one flag can switch off a section of a shipped file.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 
-from tunelib.config.fields import FIELDS, is_unset, show_value
+from tunelib.config.fields import FIELDS, TABLE_FIELDS, is_unset, show_value
+from tunelib.config.schema import FORMAT_COLUMNS, Columns
 from tunelib.config.settings import Problem, Setting
 
 
@@ -27,6 +29,14 @@ def keys_of(section: str, *without: str) -> tuple[str, ...]:
 WITHOUT_CHECKPOINTS = ("checkpoint.enable_checkpoint", "checkpoint.initial_load_path", "checkpoint.export_dtype")
 """Keys of [checkpoint] that work while nothing is saved during training."""
 
+
+def needs_of_source(section: str) -> Iterator[Need]:
+    """A column needs a format that has it; what chooses a part of a Hub data set needs the data set's name."""
+    for column in dict.fromkeys(column for columns in FORMAT_COLUMNS.values() for column in columns):
+        yield Need((f"{section}.columns.{column}",), f"{section}.format", tuple(name for name, own in FORMAT_COLUMNS.items() if column not in own))
+    yield Need((f"{section}.subset", f"{section}.split", f"{section}.revision"), f"{section}.hub", ("",))
+
+
 NEEDS = (
     Need(keys_of("checkpoint", *WITHOUT_CHECKPOINTS), "checkpoint.enable_checkpoint", (False,)),
     Need(("checkpoint.load_step",), "checkpoint.resume", ("never",)),
@@ -36,17 +46,24 @@ NEEDS = (
     Need(("optimizer.momentum",), "optimizer.name", ("AdamW",)),
     Need(("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor"), "lr_scheduler.decay_type", ("constant",)),
     Need(keys_of("model.rope_scaling", "model.rope_scaling.rope_type"), "model.rope_scaling.rope_type", ("default",)),
-    Need(("dataset.columns.messages",), "dataset.format", ("instruct", "text")),
-    Need(("dataset.columns.instruction", "dataset.columns.input", "dataset.columns.output"), "dataset.format", ("chat", "text")),
-    Need(("dataset.columns.text",), "dataset.format", ("chat", "instruct")),
-    Need(("dataset.train_on", "dataset.chat_template"), "dataset.format", ("text",)),
+    *needs_of_source("dataset"),
+    *needs_of_source("dataset.mix"),
+    Need(("dataset.train_on", "dataset.chat_template"), "dataset.format", ("text", "tokens")),
+    Need(("dataset.parse_special_tokens",), "dataset.format", ("tokens",)),
+    Need(("dataset.streaming", "validation.split"), "dataset.hub", ("",)),
+    Need(("dataset.last_batch", "training.epochs", "validation.fraction"), "dataset.streaming", (True,)),
 )
 """Outer switches stand before inner ones."""
 
 EXCLUSIVE = (
     ("training.steps", "training.epochs"),
     ("validation.path", "validation.fraction"),
-    *(("checkpoint.initial_load_path", key) for key in keys_of("model", "model.tokenizer_path")),
+    ("validation.path", "validation.split"),
+    ("validation.split", "validation.fraction"),
+    *((f"{section}.path", f"{section}.hub") for section in ("dataset", "dataset.mix")),
+    ("dataset.mix.weight", "dataset.mix.repeats"),
+    *(("dataset.mix", f"dataset.{name}") for name in ("path", "hub", "format", *(f"columns.{field.name}" for field in fields(Columns)))),
+    *(("checkpoint.initial_load_path", key) for key in keys_of("model", "model.tokenizer_path", "model.resize_embeddings")),
 )
 """Pairs of which at most one may be given."""
 
@@ -96,7 +113,7 @@ def settle_idle(key: str, need: Need, effects: Effects) -> set[str]:
     if switch and switch.origin.layer > idle.origin.layer:
         effects.dropped.append((switch, effects.settings.pop(key), "turns off"))
         return set()
-    value, place = (switch.value, str(switch.origin)) if switch else (FIELDS[need.switch].default, "the default")
+    value, place = (switch.value, str(switch.origin)) if switch else (default_of(need.switch), "the default")
     state = "is not given" if is_unset(value) else f"is {show_value(value)} ({place})"
     effects.problems.append(Problem(f"{idle}: has no effect while {need.switch} {state}; {advise(need, idle)}, or remove this", (key,)))
     return {key}
@@ -115,7 +132,7 @@ def settle_excluded(one: str, other: str, effects: Effects) -> set[str]:
 
 def advise(need: Need, idle: Setting) -> str:
     """How to switch it on, where the idle setting stands."""
-    switch = FIELDS[need.switch]
+    switch = (FIELDS | TABLE_FIELDS)[need.switch]
     choices = [choice for choice in switch.choices if choice not in need.off]
     if not idle.origin.file:
         return f"add {switch.flag}" + (f" {' or '.join(choices)}" if choices else "")
@@ -125,8 +142,12 @@ def advise(need: Need, idle: Setting) -> str:
 
 
 def is_off(need: Need, settings: dict[str, Setting]) -> bool:
-    value = settings[need.switch].value if need.switch in settings else FIELDS[need.switch].default
+    value = settings[need.switch].value if need.switch in settings else default_of(need.switch)
     return value in need.off
+
+
+def default_of(key: str) -> object:
+    return (FIELDS | TABLE_FIELDS)[key].default
 
 
 def is_given(key: str, settings: dict[str, Setting]) -> bool:

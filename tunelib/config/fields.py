@@ -6,20 +6,28 @@ The same rules hold for a file and for the command line, whose words ``parse_wor
 import ast
 import difflib
 import inspect
+import itertools
 import json
 import math
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 
 from tunelib.config.schema import Bounds, Config, IsPath
 
 LARGEST_INTEGER = 2**63 - 1
 HALF_PRECISION = ("float16", "fp16", "half")
-EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text in quotes", "words": "a list of texts"}
+EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text in quotes",
+    "words": "a list of texts",
+    "tables": "tables",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,8 @@ def convert_value(field: Field, value: object) -> object:
 
 def find_fault(field: Field, value: object) -> str | None:
     """What is wrong with a value of TOML's types, as the end of a sentence; None when it may stand."""
+    if field.kind == "tables":
+        return None if isinstance(value, list) and all(isinstance(item, dict) for item in value) else f"expected tables, each under [[{field.key}]]"
     if field.kind == "words":
         if not isinstance(value, (list, tuple)):
             return f"expected {EXPECTED['words']}, such as [{show_value(str(value))}]"
@@ -147,7 +157,7 @@ def show_value(value: object, limit: int = 60) -> str:
         text = json.dumps(value if len(value) <= limit else value[:limit] + "…", ensure_ascii=False)
         return text.replace("\x7f", "\\u007f").encode(errors="backslashreplace").decode()
     if isinstance(value, (list, tuple)):
-        if any(isinstance(item, (list, dict)) for item in value):
+        if any(isinstance(item, (list, dict)) or is_dataclass(item) for item in value):
             return "[…]"
         text = "[" + ", ".join(show_value(item, limit) for item in value) + "]"
         return text if len(text) <= 2 * limit else text[: 2 * limit] + "…"
@@ -182,13 +192,20 @@ def read_meanings() -> dict[str, str]:
     tree = ast.parse(inspect.getsource(sys.modules[Config.__module__]))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     meanings = {}
-    for section, kind in SECTIONS.items():
-        node = classes[kind.__name__]
-        meanings[section] = " ".join((ast.get_docstring(node) or "").split())
-        for line, after in zip(node.body, node.body[1:], strict=False):
+    for section, kind in (SECTIONS | TABLE_SECTIONS).items():
+        meanings[section] = " ".join((ast.get_docstring(classes[kind.__name__]) or "").split())
+        body = [line for base in reversed(kind.__mro__[:-1]) for line in classes[base.__name__].body]
+        for line, after in itertools.pairwise(body):
             if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
                 meanings[f"{section}.{typing.cast(ast.Name, line.target).id}"] = " ".join(str(after.value.value).split())
     return meanings
+
+
+def fill_section(section: str, sections: dict[str, type], values: Mapping[str, object]) -> object:
+    """The dataclass of a section and of the sections inside it, with these values by dotted key, and defaults elsewhere."""
+    inner = {name.rpartition(".")[2]: fill_section(name, sections, values) for name in sections if name.rpartition(".")[0] == section}
+    own = {name: values[f"{section}.{name}"] for name in typing.get_type_hints(sections[section]) if f"{section}.{name}" in values}
+    return sections[section](**own, **inner)
 
 
 def list_sections(kind: type, prefix: str) -> Iterator[tuple[str, type]]:
@@ -196,6 +213,19 @@ def list_sections(kind: type, prefix: str) -> Iterator[tuple[str, type]]:
         if is_dataclass(hint):
             yield prefix + name, typing.cast(type, hint)
             yield from list_sections(typing.cast(type, hint), f"{prefix}{name}.")
+
+
+def list_tables(sections: dict[str, type]) -> Iterator[tuple[str, type]]:
+    for section, kind in sections.items():
+        for name, hint in typing.get_type_hints(kind).items():
+            if item := read_table_type(hint):
+                yield f"{section}.{name}", item
+
+
+def read_table_type(hint: object) -> type | None:
+    """The dataclass of a list of tables, None for any other type."""
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return typing.cast(type, item) if is_dataclass(item) else None
 
 
 def list_fields(section: str, kind: type) -> Iterator[Field]:
@@ -214,7 +244,10 @@ def build_field(key: str, hint: object, default: object) -> Field:
         hint, *rest = typing.get_args(hint)
         marks = tuple(rest)
     choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-    kind = "str" if choices else "words" if typing.get_origin(hint) is tuple else typing.cast(type, hint).__name__
+    if typing.get_origin(hint) is tuple:
+        kind = "tables" if read_table_type(hint) else "words"
+    else:
+        kind = "str" if choices else typing.cast(type, hint).__name__
     assert kind in EXPECTED, (key, hint)
     bounds = next((mark for mark in marks if isinstance(mark, Bounds)), Bounds())
     return Field(key, kind, optional, choices, bounds, next((mark for mark in marks if isinstance(mark, IsPath)), None), default)
@@ -223,3 +256,9 @@ def build_field(key: str, hint: object, default: object) -> Field:
 SECTIONS: dict[str, type] = dict(list_sections(Config, ""))
 """Dotted name → dataclass, outer before inner."""
 FIELDS: dict[str, Field] = {field.key: field for section, kind in SECTIONS.items() for field in list_fields(section, kind)}
+TABLES: dict[str, type] = dict(list_tables(SECTIONS))
+"""Dotted name → dataclass of each table, for the fields that are lists of tables."""
+TABLE_SECTIONS: dict[str, type] = {name: kind for table, item in TABLES.items() for name, kind in ((table, item), *list_sections(item, f"{table}."))}
+"""The tables and the sections inside them, outer before inner."""
+TABLE_FIELDS: dict[str, Field] = {field.key: field for section, kind in TABLE_SECTIONS.items() for field in list_fields(section, kind)}
+"""Dotted key, without the number of the table → each setting inside a list of tables."""

@@ -4,10 +4,24 @@ import json
 import os
 import re
 import sys
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tunelib.config.fields import FIELDS, LARGEST_INTEGER, SECTIONS, convert_value, find_fault, find_nearest, show_value
+from tunelib.config.effect import resolve_effects
+from tunelib.config.fields import (
+    FIELDS,
+    LARGEST_INTEGER,
+    SECTIONS,
+    TABLE_FIELDS,
+    TABLE_SECTIONS,
+    TABLES,
+    convert_value,
+    fill_section,
+    find_fault,
+    find_nearest,
+    show_value,
+)
 from tunelib.config.renamed import RENAMED, REPLACED, UNBUILT
 from tunelib.config.settings import Origin, Problem, Setting, explain_stranger
 from tunelib.config.toml_lines import TomlLines, find_lines
@@ -45,7 +59,7 @@ class Document:
     data: dict
     lines: TomlLines
 
-    def place(self, *names: str) -> str:
+    def place(self, *names: str | int) -> str:
         return f"{self.file}:{self.lines.lines.get(names, 1)}"
 
 
@@ -153,14 +167,17 @@ def read_table(document: Document, table: dict, above: tuple[str, ...], layer: i
             message = f"{place}: {shown} is not a table; write [{key}] and its keys on the lines below"
             found.problems.append(Problem(message, tuple(k for k, item in FIELDS.items() if f"{item.section}.".startswith(f"{key}."))))
         elif key in FIELDS:
-            origin = Origin(layer, document.file, document.lines.lines.get(path, 1))
-            read_value(Setting(key, value, origin), found)
+            setting = Setting(key, value, Origin(layer, document.file, document.lines.lines.get(path, 1)))
+            if key in TABLES and find_fault(FIELDS[key], value) is None:
+                read_list_of_tables(document, setting, path, found)
+            else:
+                read_value(setting, found)
         else:
             found.problems += list_strangers(document, key, path, value)
 
 
 def read_value(setting: Setting, found: Files) -> None:
-    schema_field = FIELDS[setting.key]
+    schema_field = FIELDS[setting.key] if setting.key in FIELDS else TABLE_FIELDS[setting.key]
     if setting.key == "job.config_file":
         found.problems.append(Problem(f"{setting}: the config file is named on the command line, never in a file; remove this line"))
         return
@@ -169,6 +186,34 @@ def read_value(setting: Setting, found: Files) -> None:
         found.problems.append(Problem(f"{setting}: {fault}", (setting.key,)))
     else:
         found.settings.append(Setting(setting.key, convert_value(schema_field, setting.value), setting.origin))
+
+
+def read_list_of_tables(document: Document, setting: Setting, path: tuple[str, ...], found: Files) -> None:
+    """One value of all tables, each judged by itself: an unknown key, a bad value, a key without effect."""
+    tables, num_problems = [], len(found.problems)
+    for number, table in enumerate(typing.cast(list, setting.value)):
+        inner = Files()
+        read_entry(document, table, setting.key, (*path, number), setting.origin.layer, inner)
+        effects = resolve_effects({item.key: item for item in inner.settings}, set())
+        found.problems += [Problem(problem.message, (setting.key,)) for problem in [*inner.problems, *effects.problems]]
+        tables.append(fill_section(setting.key, TABLE_SECTIONS, {key: item.value for key, item in effects.settings.items()}))
+    if len(found.problems) == num_problems:
+        found.settings.append(Setting(setting.key, tuple(tables), setting.origin))
+
+
+def read_entry(document: Document, table: dict, section: str, path: tuple[str | int, ...], layer: int, inner: Files) -> None:
+    for name, value in table.items():
+        key, place = f"{section}.{spell_name(name)}", document.place(*path, name)
+        if key in TABLE_SECTIONS and isinstance(value, dict):
+            read_entry(document, value, key, (*path, name), layer, inner)
+        elif key in TABLE_FIELDS:
+            read_value(Setting(key, value, Origin(layer, document.file, document.lines.lines.get((*path, name), 1))), inner)
+        else:
+            names = [item.name for item in TABLE_FIELDS.values() if item.section == section]
+            near = find_nearest(name, names)
+            hint = f"did you mean {near!r}?" if near else f"its keys are {', '.join(names)}"
+            shown = f"[[{section}]]" if section in TABLES else f"[{section}]"
+            inner.problems.append(Problem(f"{place}: {shown} has no key {name!r} (= {show_value(value)}); {hint}"))
 
 
 def list_strangers(document: Document, key: str, path: tuple[str, ...], value: object) -> list[Problem]:

@@ -5,7 +5,7 @@ The layers are default < base < file < command line. Everything that is wrong is
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import tyro
 from tunelib.config.argv import read_argv, spell_for_tyro
 from tunelib.config.check import Checked, find_conflicts, find_notices
 from tunelib.config.effect import has_effect, resolve_effects
-from tunelib.config.fields import FIELDS, SECTIONS, is_unset, show_value
+from tunelib.config.fields import FIELDS, SECTIONS, TABLE_FIELDS, TABLE_SECTIONS, TABLES, Field, fill_section, is_unset, show_value
 from tunelib.config.layers import read_files
 from tunelib.config.resolve import resolve_dump_folder
 from tunelib.config.schema import Config
@@ -93,12 +93,8 @@ def build_config(settings: dict[str, Setting]) -> Config:
 
 def fill_config(values: dict[str, object]) -> Config:
     """A Config with these values by dotted key, and defaults elsewhere."""
-    built: dict[str, Any] = {}
-    for section in reversed(SECTIONS):  # inner sections before the outer ones that hold them
-        inner = {name.rpartition(".")[2]: value for name, value in built.items() if name.rpartition(".")[0] == section}
-        own = {field.name: values[key] for key, field in FIELDS.items() if field.section == section and key in values}
-        built[section] = SECTIONS[section](**own, **inner)
-    return replace(Config(), **{name: value for name, value in built.items() if "." not in name})
+    built: dict[str, Any] = {section: fill_section(section, SECTIONS, values) for section in SECTIONS if "." not in section}
+    return Config(**built)
 
 
 def print_help(settings: dict[str, Setting]) -> None:
@@ -120,15 +116,34 @@ def resolved_toml(loaded: LoadedConfig) -> str:
     values["job.config_file"] = None
     text = RESOLVED_HEADER
     for section in SECTIONS:
-        lines = []
-        for key, field in FIELDS.items():
-            if field.section == section and not is_unset(values[key]) and has_effect(key, loaded.settings):
-                value = values[key]
-                if field.path and str(value).endswith(field.path.suffix):
-                    value = os.path.abspath(str(value))
-                lines.append(f"{field.name} = {show_value(value, limit=sys.maxsize)}\n")
-        if lines:
-            text += f"\n[{section}]\n" + "".join(lines)
+        own = {key: field for key, field in FIELDS.items() if field.section == section and has_effect(key, loaded.settings)}
+        text += write_table(f"[{section}]", {field: values[key] for key, field in own.items() if key not in TABLES})
+    for table in TABLES:
+        for item in values[table]:  # type: ignore[attr-defined]  # a tuple of dataclasses
+            text += write_item(table, item)
+    return text
+
+
+def write_table(header: str, values: dict[Field, object]) -> str:
+    """A table in TOML, with absolute paths; nothing where all its keys are unset."""
+    lines = []
+    for field, value in values.items():
+        if not is_unset(value):
+            if field.path and str(value).endswith(field.path.suffix):
+                value = os.path.abspath(str(value))
+            lines.append(f"{field.name} = {show_value(value, limit=sys.maxsize)}\n")
+    return f"\n{header}\n" + "".join(lines) if lines else ""
+
+
+def write_item(table: str, item: object) -> str:
+    """One table of a list of tables, its keys and the sections inside it; keys at their default are left out."""
+    text = ""
+    for section in TABLE_SECTIONS:
+        if section == table or section.startswith(f"{table}."):
+            own = [field for field in TABLE_FIELDS.values() if field.section == section]
+            values = {field: read_value(item, field.key.removeprefix(f"{table}.")) for field in own}
+            header = f"[[{section}]]" if section == table else f"[{section}]"
+            text += write_table(header, {field: value for field, value in values.items() if value != field.default})
     return text
 
 
@@ -143,7 +158,8 @@ def check_own_config(path: Path) -> None:
         raise ConfigError(f"{path} exists and was not written by a run: move it away, or give --job.dump_folder another folder")
 
 
-def read_value(config: Config, key: str) -> object:
+def read_value(config: object, key: str) -> object:
+    """The value of a dotted key in a dataclass."""
     value: object = config
     for name in key.split("."):
         value = getattr(value, name)

@@ -1,7 +1,7 @@
 """Settings for people: the table that ``python -m tunelib.config`` prints, and the page ``docs/config.md``."""
 
 from tunelib.config.effect import has_effect
-from tunelib.config.fields import FIELDS, SECTIONS, is_unset, read_meanings, show_type, show_value
+from tunelib.config.fields import FIELDS, SECTIONS, TABLE_FIELDS, TABLE_SECTIONS, TABLES, is_unset, read_meanings, show_type, show_value
 from tunelib.config.load import LoadedConfig, read_value
 
 DOCS_HEADER = """# Settings
@@ -37,9 +37,10 @@ def render_docs() -> str:
     """The text of docs/config.md."""
     meanings = read_meanings()
     text = DOCS_HEADER
-    for section in SECTIONS:
-        text += f"\n## [{section}]\n\n{meanings[section]}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
-        for key, field in FIELDS.items():
+    for section in (*SECTIONS, *TABLE_SECTIONS):
+        title = f"[[{section}]]" if section in TABLES else f"[{section}]"
+        text += f"\n## {title}\n\n{meanings[section]}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
+        for key, field in (FIELDS | TABLE_FIELDS).items():
             if field.section == section:
                 default = "" if is_unset(field.default) else f"`{show_value(field.default)}`"
                 cells = [f"`{field.name}`", show_type(field), default, meanings[key]]

@@ -77,6 +77,8 @@ class Model:
     """A named size, such as "llama3.2-1b" or "smollm2-135m"."""
     tokenizer_path: Path = ""
     """Folder with the tokenizer files. Empty: the folder of the weights."""
+    resize_embeddings: bool = False
+    """Add the special tokens of the chat template that the tokenizer lacks, and rows for them to the embedding and the head."""
     vocab_size: Count | None = None
     """Rows of the embedding. Unset without a flavor: the tokenizer's size, rounded up to a multiple of 2."""
     hidden_size: Count | None = None
@@ -109,7 +111,15 @@ class Columns:
     """Names of the columns in the data."""
 
     messages: str = "messages"
-    """Chat: a list of {"role", "content"}."""
+    """Chat: a list of {"role", "content"} or {"from", "value"}. Where there is no column "messages", "conversations" is read."""
+    tools: str = "tools"
+    """Chat and prompt_completion: the tools that the template is to describe, as a list or as JSON text; may be missing or empty."""
+    system: str = "system"
+    """Chat, prompt_completion and instruct: a system prompt put before the messages; may be missing or empty."""
+    prompt: str = "prompt"
+    """Prompt_completion: what is asked, as text or as messages."""
+    completion: str = "completion"
+    """Prompt_completion: the answer, as text or as messages."""
     instruction: str = "instruction"
     """Instruct: what is asked."""
     input: str = "input"
@@ -118,25 +128,79 @@ class Columns:
     """Instruct: the answer."""
     text: str = "text"
     """Text: the document."""
+    input_ids: str = "input_ids"
+    """Tokens: the token ids of a document."""
+    labels: str = "labels"
+    """Tokens: the ids again, -100 where a token is not trained; not shifted; may be missing."""
+    mask: str = "loss_mask"
+    """Tokens: 1 for each token that is trained, else 0; instead of labels; may be missing, and then all are trained."""
+
+
+FORMAT_COLUMNS = {
+    "chat": ("messages", "tools", "system"),
+    "prompt_completion": ("prompt", "completion", "tools", "system"),
+    "instruct": ("instruction", "input", "output", "system"),
+    "text": ("text",),
+    "tokens": ("input_ids", "labels", "mask"),
+}
+"""Format → the columns that it reads."""
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """What is trained on."""
+class Source:
+    """Where documents come from, and how a row is read."""
 
     path: Path = ""
-    """A local .jsonl file, or a plain text file (.txt, .md), which is one document."""
-    format: Literal["auto", "chat", "instruct", "text"] = "auto"
+    """A file (.jsonl, .json, .parquet, .csv, .tsv, .txt or .md, each also as .gz or .zst), a folder of such files, or a pattern with
+    * or **."""
+    hub: str = ""
+    """A data set on the Hugging Face Hub, "owner/name", instead of path."""
+    subset: str = ""
+    """Which configuration of the Hub data set; empty where it has one."""
+    split: str = "train"
+    """Which split of the Hub data set."""
+    revision: str = ""
+    """Branch, tag or commit of the Hub data set. Empty: the newest."""
+    format: Literal["auto", "chat", "prompt_completion", "instruct", "text", "tokens"] = "auto"
     """How a row is read. "auto" looks at the columns of the first row and says what it found."""
     columns: Columns = field(default_factory=Columns)
+
+
+@dataclass(frozen=True)
+class MixedSource(Source):
+    """One of several sources that are trained on together. Give all a weight, or none; [dataset] then has no source of its own."""
+
+    weight: Positive | None = None
+    """Share of the tokens that come from this source, relative to the other weights. An epoch has as many tokens as the sources together."""
+    repeats: Positive | None = None
+    """How often an epoch sees each of its documents; 0.5 takes one half in one epoch, the other in the next. Unset, without weights: 1."""
+
+
+@dataclass(frozen=True)
+class Dataset(Source):
+    """What is trained on: one source (path or hub), or several (mix)."""
+
+    mix: tuple[MixedSource, ...] = ()
+    """Several sources, each a table [[dataset.mix]]."""
+    streaming: bool = False
+    """Read the Hub data set while training instead of beforehand. The order then depends on the number of processes."""
     chat_template: Annotated[str, IsPath(suffix=".jinja")] = ""
-    """A named template ("chatml") or a file ending in .jinja. Empty: the tokenizer folder's own."""
-    train_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens of a chat or instruction are trained: the answers with their end-of-turn token, or all. Text is always trained whole."""
+    """A named template ("chatml", "llama2", "llama3"), a file ending in .jinja, or "none": prompts and completions are joined as they
+    are. Empty: the tokenizer folder's own."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens of a conversation are trained: the answers with their end-of-turn token, the last answer, or all. Text is always
+    trained whole; a message's own "train" or "weight" goes before."""
+    parse_special_tokens: bool = False
+    """Read special tokens that are written in the data as such, for text that a template was applied to already. false: they are text
+    like any other, and only the template writes special tokens."""
     packing: bool = True
     """Put several documents in one row; attention and positions never cross from one to the next."""
     too_long: Literal["auto", "truncate", "split", "drop", "error"] = "auto"
-    """What happens to a document longer than training.seq_len. "auto": split for text, truncate for chat and instruct. Counted and printed."""
+    """What happens to a document longer than training.seq_len. "auto": split for text and tokens, else truncate. Counted and printed."""
+    last_batch: Literal["fill", "drop"] = "fill"
+    """The last batch of an epoch, where rows are left that do not make a whole one: filled from the next epoch's order, or left out."""
+    cache_folder: Path = ""
+    """Where the tokenised documents are kept for the next run. Empty: tunelib in $XDG_CACHE_HOME or ~/.cache."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +210,7 @@ class Training:
     steps: Count | None = None
     """Optimizer steps of the whole run. Give this or training.epochs."""
     epochs: Count | None = None
-    """Passes over the data. The last batch is filled from the next epoch's order."""
+    """Passes over the data; dataset.last_batch says what happens at the end of each."""
     global_batch_size: Count = 8
     """Rows per optimizer step, over all processes and micro-batches."""
     local_batch_size: CountOrAuto = -1
@@ -266,9 +330,11 @@ class Validation:
     freq: Count = 100
     """Steps between validations."""
     path: Path = ""
-    """A held-out file, in the format of dataset.path. Give this or validation.fraction."""
+    """Held-out files, in the format of dataset.path. Give this, validation.split or validation.fraction."""
+    split: str = ""
+    """A split of dataset.hub that is held out."""
     fraction: OpenFraction | None = None
-    """Share of dataset.path's documents held out, chosen by a hash of each document's tokens."""
+    """Share of the documents held out, chosen by a hash of each document's tokens."""
     prompts: tuple[str, ...] = ()
     """Prompts answered greedily before and after training; written to samples.jsonl."""
     max_new_tokens: Count = 64

@@ -1,15 +1,22 @@
 """Chat templates: conversations to tokens, with a mark on every token that the assistant said.
 
-Templates are rendered as transformers renders them, in a sandbox. Where the assistant speaks is found, in this order, by the
-template's own ``{% generation %}`` tags; by rendering once with each answer replaced by a marker, which counts only if putting
-the answers back gives the real rendering; by rendering prefixes of the conversation, which counts only if each is a prefix of
-the whole. Without tags a span ends with the end-of-turn token, which is trained; what the template puts after that is not. Tags
-decide for themselves.
+Templates are rendered as transformers renders them, in a sandbox. Where the assistant speaks is found, in this order,
+
+1. by the template's own ``{% generation %}`` tags;
+2. by rendering once with each answer replaced by a marker, which counts only if putting the answers back gives the real rendering;
+3. by rendering prefixes of the conversation, which counts only if each is a prefix of the whole;
+4. by the generation prompt, which counts only if it stands in the rendering as often as the assistant speaks.
+
+Without tags a span ends with the end-of-turn token, which is trained; what the template puts after that is not. Tags decide for
+themselves. Special tokens that are written in the conversation itself are text: only the template writes special tokens.
 """
 
+import bisect
 import datetime
 import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -17,6 +24,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
+import numpy as np
 
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError
@@ -25,29 +33,63 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-NAMED_TEMPLATES = {"chatml": CHATML}
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set intro = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% else %}{% set turns = messages %}{% set intro = '' %}{% endif %}"
+    "{% for turn in turns %}"
+    "{% if turn['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
+    "{{ raise_exception('the roles must alternate user, assistant, user, …, after a system prompt at most') }}{% endif %}"
+    "{% set content = (intro if loop.first else '') + turn['content'] %}"
+    "{% if turn['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+LLAMA3 = (
+    "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+NAMED_TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3}
+NO_TEMPLATE = "none"
 
-# Marks set around answers in a rendering are private-use characters of plane 15; two that do not occur in the conversation.
+# Marks set into a conversation are private-use characters of plane 15 that do not occur in it.
 FIRST_MARK = 0xF0000
 # Templates that print the date print this one, Llama 3.1's own default: what is trained on must not depend on the day.
 DATE = datetime.datetime(2024, 7, 26)
 MARKS = "_tunelib_marks"
+# What looks like a special token in a template's rendering, in the spellings that published templates use.
+CONTROL_TOKEN = re.compile(r"<\|[^\s|<>]+\|>|</?s>|<(?:start|end)_of_turn>")
 Span = tuple[int, int]
 Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation as tokens.
+
+    Attributes:
+        ids: N token ids.
+        spoken: index of an assistant message → N bools, which tokens it said; all under the key -1 where the template's tags do not
+            mark one span for each message.
+        has_special_text: the conversation spells out special tokens, which were read as text.
+    """
+
+    ids: list[int]
+    spoken: dict[int, np.ndarray]
+    has_special_text: bool
 
 
 class ChatTemplate:
     """A chat template together with the tokenizer that reads its output.
 
     Args:
-        tokenizer: gives special tokens, and the template unless one is named.
-        choice: "" for the tokenizer's own, a key of NAMED_TEMPLATES, or a path ending in .jinja.
+        tokenizer: gives the special tokens that the template may name.
+        name: where the source comes from, for messages.
+        source: Jinja.
     """
 
-    def __init__(self, tokenizer: Tokenizer, choice: str = ""):
-        self.tokenizer = tokenizer
-        self.source = _find_source(tokenizer, choice)
-        self.name = choice or str(tokenizer.folder)
+    def __init__(self, tokenizer: Tokenizer, name: str, source: str):
+        self.tokenizer, self.name, self.source = tokenizer, name, source
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
         )
@@ -61,54 +103,113 @@ class ChatTemplate:
             raise DataError(f"{self.name}: the chat template is not valid Jinja: {error}") from None
         self._has_generation_tags = bool(re.search(r"{%-?\s*generation\b", self.source))
 
-    def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: list[Message], tools: list[Any] | None = None, *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation, equal to ``transformers``' ``apply_chat_template(..., tokenize=False)`` on the day of DATE."""
-        marks = _choose_marks(messages)
-        return _cut_marks(self._render(messages, add_generation_prompt, marks), marks)[0]
+        marks = _choose_marks(messages, 2)
+        return _cut_marks(self._render(messages, tools, add_generation_prompt, marks), marks)[0]
 
-    def encode(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation, and for each whether the assistant said it (its end-of-turn token included)."""
-        text, spans = self._find_spans(messages)
-        encoded = self.tokenizer.encode(text, add_special_tokens=False)
-        spoken, remaining = [], sorted(spans)
-        for start, end in encoded.offsets:
-            while remaining and remaining[0][1] <= start:
-                remaining.pop(0)
-            spoken.append(bool(remaining) and remaining[0][0] < end and start < end)
-        return encoded.ids, spoken
+    def encode(self, messages: list[Message], tools: list[Any] | None = None, *, parse_special_tokens: bool = False) -> EncodedChat:
+        """Tokens of a conversation, and which of them each assistant message said (its end-of-turn token included).
+
+        Args:
+            parse_special_tokens: special tokens written in the conversation are those tokens, not text.
+        """
+        broken, mark = (messages, "") if parse_special_tokens else self._break_special(messages)
+        text, spans = self._find_spans(broken, tools)
+        if mark:
+            ids, offsets = self._encode_broken(text, mark)
+        else:
+            encoded = self.tokenizer.encode(text, add_special_tokens=False)
+            ids, offsets = encoded.ids, np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        owners = answers if len(spans) == len(answers) else [-1] * len(spans)
+        spoken = {owner: np.zeros(len(ids), dtype=bool) for owner in owners}
+        for owner, (start, end) in zip(owners, spans, strict=True):
+            spoken[owner] |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 0] < offsets[:, 1])
+        return EncodedChat(ids, spoken, bool(mark))
 
     def encode_prompt(self, messages: list[Message]) -> list[int]:
         """Tokens of a conversation that the assistant is to answer."""
-        return self.tokenizer.encode(self.render(messages, add_generation_prompt=True), add_special_tokens=False).ids
+        broken, mark = self._break_special(messages)
+        text = self.render(broken, add_generation_prompt=True)
+        return self._encode_broken(text, mark)[0] if mark else self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool, marks: tuple[str, str]) -> str:
+    def find_missing_tokens(self) -> list[str]:
+        """Special tokens that the template writes around a conversation, but that the tokenizer would read as plain text."""
+        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        for messages in ([{"role": "system", "content": "s"}, user, answer], [user, answer]):
+            try:
+                text = self.render(messages) + self.render(messages[:-1], add_generation_prompt=True)
+            except DataError:
+                continue  # such as a template without system prompts
+            return [token for token in dict.fromkeys(CONTROL_TOKEN.findall(text)) if self.tokenizer.id_of(token) is None]
+        return []
+
+    def end_ids(self) -> frozenset[int]:
+        """The special tokens that an answer ends with; none where the template ends it with plain text."""
+        try:
+            encoded = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except DataError:
+            return frozenset()  # a template that wants more than that
+        spoken = [token for tokens in encoded.spoken.values() for token, own in zip(encoded.ids, tokens, strict=True) if own]
+        special = {self.tokenizer.id_of(text) for text in self.tokenizer.special_texts}
+        return frozenset(token for token in spoken[-2:] if token in special)
+
+    def _render(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool, marks: str) -> str:
         """The rendering, with ``marks`` around what generation tags enclose."""
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        self._template.environment.globals[MARKS] = marks
+        self._template.environment.globals[MARKS] = [*marks]
         try:
             return self._template.render(
-                messages=given, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.tokenizer.special
+                messages=given, add_generation_prompt=add_generation_prompt, tools=tools, documents=None, **self.tokenizer.special
             )
         except Exception as error:  # a template is a program, and may fail in any way that programs do
             raise DataError(f"{self.name}: the chat template refuses the conversation: {error}") from None
 
-    def _find_spans(self, messages: list[Message]) -> tuple[str, list[Span]]:
+    def _break_special(self, messages: list[Message]) -> tuple[list[Message], str]:
+        """The conversation with a mark inside each special token that it spells out, so that it is none, and the mark; "" where there is none."""
+        if not any(self.tokenizer.find_special(text) for message in messages for text in _texts_of(message)):
+            return messages, ""
+        mark = _choose_marks(messages, 1)
+
+        def break_text(text: str) -> str:
+            for start, _ in reversed(self.tokenizer.find_special(text)):
+                text = text[: start + 1] + mark + text[start + 1 :]
+            return text
+
+        return [_map_texts(message, break_text) for message in messages], mark
+
+    def _encode_broken(self, text: str, mark: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a rendering whose conversation was broken by a mark, and the characters of the rendering that each came from."""
+        places = [match.start() for match in re.finditer(re.escape(mark), text)]
+        special = [tuple(place - bisect.bisect_left(places, place) for place in span) for span in self.tokenizer.find_special(text)]
+        encoded = self.tokenizer.encode(text.replace(mark, ""), add_special_tokens=False, special=cast(list[Span], special))
+        offsets = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
+        whole = np.delete(np.arange(len(text)), places)  # character without marks → character of the rendering
+        return encoded.ids, np.stack([whole[offsets[:, 0]], whole[np.maximum(offsets[:, 1] - 1, 0)] + (offsets[:, 1] > offsets[:, 0])], axis=1)
+
+    def _find_spans(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         """The rendered text and the [start, end) characters of every answer, its end-of-turn token included."""
         if self._has_generation_tags:
-            marks = _choose_marks(messages)
-            return _cut_marks(self._render(messages, False, marks), marks)
-        text = self.render(messages)
+            marks = _choose_marks(messages, 2)
+            return _cut_marks(self._render(messages, tools, False, marks), marks)
+        text = self.render(messages, tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = self._spans_by_markers(messages, answers, text)
-        if spans is not None:
-            return text, [self._with_end_of_turn(text, span) for span in spans]
-        return text, self._spans_by_prefixes(messages, answers, text)
+        for find in (self._spans_by_markers, self._spans_by_prefixes, self._spans_by_headers):
+            spans = find(messages, tools, answers, text)
+            if spans is not None:
+                return text, spans
+        raise DataError(
+            f"{self.name}: the chat template does not show where the assistant speaks: "
+            "give it {% generation %} tags, or name another with dataset.chat_template"
+        )
 
-    def _spans_by_markers(self, messages: list[Message], answers: list[int], text: str) -> list[Span] | None:
-        begin, end = marks = _choose_marks(messages)
+    def _spans_by_markers(self, messages: list[Message], tools: list[Any] | None, answers: list[int], text: str) -> list[Span] | None:
+        marks = _choose_marks(messages, 2)
+        begin, end = marks[0], marks[1]
         marked = [{**message, "content": f"{begin}{index}{end}"} if index in answers else message for index, message in enumerate(messages)]
         try:
-            pieces = re.split(f"{begin}([0-9]+){end}", self._render(marked, False, marks))
+            pieces = re.split(f"{begin}([0-9]+){end}", self._render(marked, tools, False, marks))
         except DataError:
             return None  # a template that looks into answers
         if [int(piece) for piece in pieces[1::2]] != answers:
@@ -120,22 +221,42 @@ class ChatTemplate:
                 spans.append((len(rebuilt), len(rebuilt) + len(content)))
                 rebuilt += content + after
             if rebuilt == text:
-                return spans
+                return [self._with_end_of_turn(text, span) for span in spans]
         return None
 
-    def _spans_by_prefixes(self, messages: list[Message], answers: list[int], text: str) -> list[Span]:
+    def _spans_by_prefixes(self, messages: list[Message], tools: list[Any] | None, answers: list[int], text: str) -> list[Span] | None:
         spans = []
         for index in answers:
-            before = self.render(messages[:index], add_generation_prompt=True)
-            through = self.render(messages[: index + 1])
+            try:
+                before = self.render(messages[:index], tools, add_generation_prompt=True)
+                through = self.render(messages[: index + 1], tools)
+            except DataError:
+                return None  # a template that refuses a part of a conversation
             if not (text.startswith(through) and through.startswith(before)):
-                raise DataError(
-                    "the chat template does not show where the assistant speaks: "
-                    "give it {% generation %} tags, or name another with dataset.chat_template"
-                )
-            ends = [place + len(token) for token in self.tokenizer.special_texts if (place := through.rfind(token)) >= len(before)]
-            spans.append((len(before), max(ends, default=len(through))))
+                return None
+            ends = [end for _, end in self.tokenizer.find_special(through) if end > len(before)]
+            spans.append((len(before), ends[-1] if ends else len(through)))
         return spans
+
+    def _spans_by_headers(self, messages: list[Message], tools: list[Any] | None, answers: list[int], text: str) -> list[Span] | None:
+        try:
+            before, prompt = (self.render(messages[: answers[0]], tools, add_generation_prompt=asks) for asks in (False, True))
+        except DataError:
+            return None
+        header = prompt.removeprefix(before)
+        starts = [match.end() for match in re.finditer(re.escape(header), text)] if header and prompt != header else []
+        if len(starts) != len(answers):
+            return None
+        spans = []
+        for start, limit in zip(starts, [*starts[1:], len(text)], strict=True):
+            stops = [end for begin, end in self.tokenizer.find_special(text[start:limit]) if self._is_stop(text[start:limit][begin:end])]
+            if not stops:
+                return None
+            spans.append((start, start + stops[0]))
+        return spans
+
+    def _is_stop(self, token: str) -> bool:
+        return self.tokenizer.id_of(token) in self.tokenizer.stop_ids
 
     def _with_end_of_turn(self, text: str, span: Span) -> Span:
         """The span, up to the end of the special token that follows it directly or after white space; bos begins the next turn."""
@@ -146,6 +267,45 @@ class ChatTemplate:
             if text.startswith(token, after) and (token != bos or token == eos):
                 return start, after + len(token)
         return start, end
+
+
+def find_template(tokenizer: Tokenizer, choice: str) -> ChatTemplate | None:
+    """The template that ``dataset.chat_template`` chooses, the tokenizer's own by default; None where there is none.
+
+    Raises:
+        DataError: no template of that name, or one that cannot be read.
+    """
+    if choice == NO_TEMPLATE:
+        return None
+    if choice.endswith(".jinja"):
+        try:
+            return ChatTemplate(tokenizer, choice, Path(choice).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"dataset.chat_template = {choice!r} cannot be read: {error}") from None
+    if choice:
+        if choice not in NAMED_TEMPLATES:
+            names = ", ".join((*NAMED_TEMPLATES, NO_TEMPLATE))
+            raise DataError(f"dataset.chat_template = {choice!r} is neither a named template ({names}) nor a .jinja file")
+        return ChatTemplate(tokenizer, choice, NAMED_TEMPLATES[choice])
+    return ChatTemplate(tokenizer, str(tokenizer.folder), tokenizer.chat_template) if tokenizer.chat_template is not None else None
+
+
+def complete_tokens(tokenizer: Tokenizer, template: ChatTemplate, resize_embeddings: bool) -> tuple[Tokenizer, ChatTemplate]:
+    """The tokenizer with every special token that the template writes, added where that was asked for.
+
+    Raises:
+        DataError: the tokenizer lacks some.
+    """
+    missing = template.find_missing_tokens()
+    if missing and not resize_embeddings:
+        raise DataError(
+            f"the chat template {template.name} writes {', '.join(missing)}, which are no tokens of the tokenizer in {tokenizer.folder}: "
+            "name another with dataset.chat_template, or set model.resize_embeddings = true, which adds them to the tokenizer and the model"
+        )
+    if not missing:
+        return tokenizer, template
+    completed = tokenizer.with_tokens(missing)
+    return completed, ChatTemplate(completed, template.name, template.source)
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -161,20 +321,37 @@ class GenerationTag(jinja2.ext.Extension):
 
     def mark(self, caller: Any) -> str:
         """The block's output between marks."""
-        begin, end = cast(tuple[str, str], self.environment.globals[MARKS])
+        begin, end = cast(list[str], self.environment.globals[MARKS])
         return f"{begin}{caller()}{end}"
 
 
-def _choose_marks(messages: list[Message]) -> tuple[str, str]:
-    """Two characters that do not occur in a conversation."""
+def _texts_of(value: Any) -> list[str]:
+    """Every text inside a message, but for its keys."""
+    if isinstance(value, dict):
+        return [text for item in value.values() for text in _texts_of(item)]
+    if isinstance(value, list):
+        return [text for item in value for text in _texts_of(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same message with every text in it changed."""
+    if isinstance(value, dict):
+        return {key: _map_texts(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _choose_marks(messages: list[Message], count: int) -> str:
+    """Characters that do not occur in a conversation."""
     used = set(json.dumps(messages, ensure_ascii=False, default=str))
-    begin, end, *_ = (mark for mark in map(chr, range(FIRST_MARK, FIRST_MARK + len(used) + 2)) if mark not in used)
-    return begin, end
+    return "".join([mark for mark in map(chr, range(FIRST_MARK, FIRST_MARK + len(used) + count)) if mark not in used][:count])
 
 
-def _cut_marks(marked: str, marks: tuple[str, str]) -> tuple[str, list[Span]]:
+def _cut_marks(marked: str, marks: str) -> tuple[str, list[Span]]:
     """A rendering without its marks, and what they enclosed."""
-    begin, end = marks
+    begin, end = marks[0], marks[1]
     text, spans, start = "", [], 0
     for piece in re.split(f"([{begin}{end}])", marked):
         if piece == begin:
@@ -184,21 +361,6 @@ def _cut_marks(marked: str, marks: tuple[str, str]) -> tuple[str, list[Span]]:
         else:
             text += piece
     return text, spans
-
-
-def _find_source(tokenizer: Tokenizer, choice: str) -> str:
-    if choice.endswith(".jinja"):
-        try:
-            return Path(choice).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"dataset.chat_template = {choice!r} cannot be read: {error}") from None
-    if choice:
-        if choice not in NAMED_TEMPLATES:
-            raise DataError(f"dataset.chat_template = {choice!r} is neither a named template ({', '.join(NAMED_TEMPLATES)}) nor a .jinja file")
-        return NAMED_TEMPLATES[choice]
-    if tokenizer.chat_template is None:
-        raise DataError(f"the tokenizer in {tokenizer.folder} has no chat template: name one with dataset.chat_template, such as 'chatml'")
-    return tokenizer.chat_template
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:

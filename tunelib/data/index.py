@@ -1,155 +1,216 @@
-"""The index: every document's tokens, once, in flat arrays, and what a run must know of them before it starts.
+"""The index: every document's tokens, once, memory-mapped, and what a run must know of them before it starts.
 
 A *document* here is what stands in one row without being cut: n + 1 tokens that make n positions, since labels are shifted
-where documents become rows. `Index.trained` marks the tokens that are trained as labels.
+where documents become rows. The index of a source is made once and kept in the cache, under a name that follows from everything
+that decides its documents; several processes that want the same one wait for the first.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
-from tunelib.config.schema import Dataset
-from tunelib.data.chat import ChatTemplate
-from tunelib.data.sources import detect_format, digest_file, messages_of, read_rows, text_of
+from tunelib.config.schema import FORMAT_COLUMNS, Columns, Dataset, MixedSource, Source
+from tunelib.data.build import COLUMNS, DOCUMENTS_FILE, FACTS_FILE, TOKENS_FILE, Facts, build_source
+from tunelib.data.chat import NO_TEMPLATE, ChatTemplate, find_template
+from tunelib.data.encode import Reading
+from tunelib.data.shapes import detect_format
+from tunelib.data.sources import OpenedSource, RawText, open_source, parse_row
 from tunelib.data.tokenizer import Tokenizer
-from tunelib.errors import DataError
+from tunelib.errors import CheckpointError, DataError
+from tunelib.files import commit_folder, describe_files, make_staging, read_json, read_manifest, remove_folder, wait_for_lock
+
+INDEX_VERSION = 1
+"""To be raised whenever the same settings make other documents: older indexes are then not used."""
+CONVERSATIONS = ("chat", "instruct")
+"""Formats that need a chat template; prompts and completions take one where there is one."""
+BYTES_PER_WORKER = 1 << 20
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FoundSource:
+    """A source that is there, and the format of its rows; ``why`` it was seen, or ""."""
+
+    opened: OpenedSource
+    format: str
+    why: str
+    columns: Columns
+    weight: float | None = None
+    repeats: float | None = None
+
+
+@dataclass(frozen=True)
+class IndexedSource:
+    """The documents of one source on disk: ``marked`` tokens end to end, as in `data/encode.py`, and how they came to be."""
+
+    found: FoundSource
+    marked: np.ndarray
+    facts: Facts
+    fingerprint: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Index:
-    """The documents of one data set.
+    """The documents of all sources.
 
     Attributes:
-        tokens: all tokens end to end, int32; ``trained`` beside it: which are trained as labels.
-        starts: where each document begins in ``tokens``.
+        sources: in the order of the config.
+        source: of each document, as its place in ``sources``.
+        starts: where it begins in its source's tokens.
         lengths: its positions: its tokens less one.
         num_trained: its trained labels; at least one.
-        lines: the line of its file that it came from.
-        format: "chat", "instruct" or "text".
-        fingerprint: name → digest or value of each thing that decides the documents.
-        notes: what a person should know: the format found, documents cut or left out.
+        files, lines: where it came from.
+        digests: a hash of its tokens.
     """
 
-    tokens: np.ndarray
-    trained: np.ndarray
+    sources: tuple[IndexedSource, ...]
+    source: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     num_trained: np.ndarray
+    files: np.ndarray
     lines: np.ndarray
-    format: str
-    fingerprint: dict[str, Any]
-    notes: tuple[str, ...]
+    digests: np.ndarray
 
     def __len__(self) -> int:
         return len(self.starts)
 
+    def marked(self, document: int) -> np.ndarray:
+        """The n + 1 tokens of a document, marked as in `data/encode.py`."""
+        start = int(self.starts[document])
+        return self.sources[self.source[document]].marked[start : start + int(self.lengths[document]) + 1]
+
+    def where(self, document: int) -> str:
+        """File and line of a document."""
+        return self.sources[self.source[document]].found.opened.where(int(self.files[document]), int(self.lines[document]))
+
     def select(self, chosen: np.ndarray) -> "Index":
         """The same index with some of its documents."""
-        per_document = {name: getattr(self, name)[chosen] for name in ("starts", "lengths", "num_trained", "lines")}
-        return Index(self.tokens, self.trained, **per_document, format=self.format, fingerprint=self.fingerprint, notes=self.notes)
+        return Index(self.sources, *(getattr(self, name)[chosen] for name in ("source", *COLUMNS)))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Name → digest or value of each thing that decides the documents."""
+        if len(self.sources) == 1:
+            return self.sources[0].fingerprint
+        parts = [(f" of dataset.mix {number}", source) for number, source in enumerate(self.sources, start=1)]
+        return {f"{name}{of}": value for of, source in parts for name, value in source.fingerprint.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know: the formats found, documents cut or left out, and what looks wrong."""
+        return [note for source in self.sources for note in describe_facts(source)]
 
 
-@dataclass
-class _Builder:
-    """Documents while they are collected, cut to what a row can hold."""
-
-    seq_len: int
-    too_long: str
-    tokens: list[np.ndarray] = field(default_factory=list)
-    trained: list[np.ndarray] = field(default_factory=list)
-    documents: list[tuple[int, int, int, int]] = field(default_factory=list)  # start, length, num_trained, line
-    num_tokens: int = 0
-    num_read: int = 0
-    num_long: int = 0
-    num_untrained: int = 0
-
-    def add(self, tokens: np.ndarray, trained: np.ndarray, line: int, where: str) -> None:
-        """Add one document, cut or left out as ``too_long`` says."""
-        length = len(tokens) - 1
-        self.num_read += 1
-        if length > self.seq_len:
-            self.num_long += 1
-            if self.too_long == "error":
-                raise DataError(f"{where}: {length + 1} tokens do not fit training.seq_len = {self.seq_len}; see dataset.too_long")
-            if self.too_long == "drop":
-                return
-            if self.too_long == "truncate":
-                length = self.seq_len
-        self.tokens.append(tokens)
-        self.trained.append(trained)
-        num_before = len(self.documents)
-        for first in range(0, length, self.seq_len):
-            num_labels = min(self.seq_len, length - first)
-            if num_trained := int(trained[first + 1 : first + 1 + num_labels].sum()):
-                self.documents.append((self.num_tokens + first, num_labels, num_trained, line))
-        self.num_untrained += len(self.documents) == num_before
-        self.num_tokens += len(tokens)
-
-    def notes(self, path: Path) -> list[str]:
-        """What happened to documents on the way, where anything did."""
-        done = {"truncate": "cut to the first", "split": "split into pieces of", "drop": "left out: longer than"}
-        notes = [f"{path}: {self.num_long} documents {done[self.too_long]} {self.seq_len} tokens"] if self.num_long else []
-        return notes + ([f"{path}: {self.num_untrained} documents left out: no token in them is trained"] if self.num_untrained else [])
+def resolve_cache_folder(section: Dataset) -> Path:
+    """dataset.cache_folder, or its default."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.path.abspath(section.cache_folder or os.path.join(home, "tunelib")))
 
 
-def build_index(path: Path, section: Dataset, seq_len: int, tokenizer: Tokenizer, vocab_size: int) -> Index:
-    """Read, tokenise and mark every document of a file.
+def list_sources(section: Dataset) -> tuple[Source, ...]:
+    """The sources of [dataset]: those of its mix, or itself."""
+    return section.mix or (section,)
+
+
+def held_out_source(section: Dataset, path: str, split: str) -> Source:
+    """The source of held-out documents: files of their own, or another split of the Hub data set; read as [dataset] says."""
+    if path:
+        return Source(path=path, format=section.format, columns=section.columns)
+    hub = {name: getattr(section, name) for name in ("hub", "subset", "revision")}
+    return Source(**hub, split=split, format=section.format, columns=section.columns)
+
+
+def find_sources(sources: Sequence[Source], cache_folder: Path) -> list[FoundSource]:
+    """Open sources and see which format their rows have.
+
+    Raises:
+        DataError: a source that is not there, is empty, or whose format cannot be told.
+    """
+    return [find_source(source, cache_folder) for source in sources]
+
+
+def find_source(source: Source, cache_folder: Path) -> FoundSource:
+    """Open a source and see which format its rows have; raises DataError."""
+    opened = open_source(source, cache_folder)
+    first = next(islice(opened.rows(), 1), None)
+    if first is None:
+        raise DataError(f"{opened.name} holds no document")
+    where = opened.where(first.file, first.line)
+    if isinstance(first, RawText):
+        if source.format not in ("auto", "text"):
+            raise DataError(f'{where}: a plain text file is no {source.format!r}; set dataset.format = "text", or give rows of JSON')
+        format, why = "text", "a plain text file"
+    elif source.format == "auto":
+        format, columns = detect_format(parse_row(first.content, where), source.columns, where)
+        why = f"by {columns} of its first row"
+    else:
+        format, why = source.format, ""
+    default = Columns()
+    for name, value in vars(source.columns).items():
+        if value != getattr(default, name) and name not in FORMAT_COLUMNS[format]:
+            raise DataError(f"{where}: the data is {format!r}, for which dataset.columns.{name} has no effect; remove it, or set dataset.format")
+    shares = {"weight": source.weight, "repeats": source.repeats} if isinstance(source, MixedSource) else {}
+    return FoundSource(opened, format, why, source.columns, **shares)
+
+
+def choose_template(found: Sequence[FoundSource], section: Dataset, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template of the conversations; None where there are none.
+
+    Raises:
+        DataError: there is none although one is needed, or a choice that these data have no use for.
+    """
+    needing = [source for source in found if source.format in CONVERSATIONS]
+    taking = [source for source in found if source.format == "prompt_completion"]
+    template = find_template(tokenizer, section.chat_template) if needing or taking else None
+    if needing and template is None:
+        absent = f"the tokenizer in {tokenizer.folder} has no chat template"
+        cause = 'dataset.chat_template is "none"' if section.chat_template == NO_TEMPLATE else absent
+        raise DataError(
+            f'{needing[0].opened.name}: the data is {needing[0].format!r}, but {cause}: name one with dataset.chat_template, such as "chatml"'
+        )
+    if not needing and not taking:
+        default = Dataset()
+        for name in ("chat_template", "train_on"):
+            if getattr(section, name) != getattr(default, name):
+                raise DataError(f"{found[0].opened.name}: the data is {found[0].format!r}, for which dataset.{name} has no effect; remove it")
+    return template
+
+
+def build_index(
+    found: Sequence[FoundSource],
+    section: Dataset,
+    seq_len: int,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    vocab_size: int,
+    say: Say = lambda text: None,
+    num_workers: int | None = None,
+) -> Index:
+    """The documents of all sources, from the cache or made now.
 
     Args:
-        section: the [dataset] section; ``path`` replaces its path, for a held-out file.
         seq_len: the most positions that a row can hold.
         vocab_size: the model's; a larger token id is an error.
+        say: told of what takes long.
+        num_workers: processes that tokenise; None takes as many as there are cores and the data is worth.
 
     Raises:
         DataError: a bad row (with file and line), no document, or no trained token at all.
     """
-    template, format, builder, notes = None, str(section.format), None, list[str]()
-    for line, row in read_rows(path):
-        where = f"{path}:{line}"
-        if builder is None:
-            if format == "auto":
-                format = detect_format(row, section.columns, where)
-                notes.append(f"{path}: read as {format!r}, by the columns of line {line}")
-            _check_idle(section, format, where)
-            if format != "text":
-                template = ChatTemplate(tokenizer, section.chat_template)
-            builder = _Builder(seq_len, _resolve_too_long(section.too_long, format))
-        tokens, trained = _encode(row, format, section, tokenizer, template, where)
-        if len(tokens) and tokens.max() >= vocab_size:
-            raise DataError(
-                f"{where}: the tokenizer gives id {tokens.max()}, but the model's vocabulary ends at {vocab_size - 1}: "
-                "model.tokenizer_path is not the model's own, or model.vocab_size is too small"
-            )
-        builder.add(tokens, trained, line, where)
-    if builder is None:
-        raise DataError(f"{path} holds no document")
-    if not builder.documents:
-        if builder.too_long == "drop" and builder.num_long == builder.num_read:
-            raise DataError(f"{path}: all {builder.num_read} documents are longer than training.seq_len = {seq_len}; see dataset.too_long")
-        raise DataError(f"{path}: no token of {builder.num_read} documents is trained; look at the template, dataset.train_on and training.seq_len")
-    tokens, trained = np.concatenate(builder.tokens), np.concatenate(builder.trained)
-    starts, lengths, num_trained, lines = np.array(builder.documents, dtype=np.int64).T
-    return Index(
-        tokens,
-        trained,
-        *(starts, lengths, num_trained, lines),
-        format=format,
-        fingerprint={
-            "file": digest_file(path),
-            "tokens": hashlib.blake2b(tokens.tobytes() + trained.tobytes(), digest_size=16).hexdigest(),
-            "tokenizer": tokenizer.digest,
-            "chat template": hashlib.sha256(template.source.encode()).hexdigest()[:32] if template else "",
-            "dataset.format": format,
-            "dataset.train_on": section.train_on if template else "",
-            "dataset.too_long": builder.too_long,
-            "dataset.columns": vars(section.columns),
-            "training.seq_len": seq_len,
-        },
-        notes=(*notes, *builder.notes(path)),
-    )
+    sources = tuple(_index_source(source, section, seq_len, tokenizer, template, vocab_size, say, num_workers) for source in found)
+    documents = [np.load(folder / DOCUMENTS_FILE) for _, folder in sources]
+    columns = dict(zip(COLUMNS, np.concatenate(documents).T, strict=True))
+    source = np.repeat(np.arange(len(sources), dtype=np.int16), [len(part) for part in documents])
+    return Index(tuple(indexed for indexed, _ in sources), source, **columns)
 
 
 def split_held_out(index: Index, fraction: float) -> tuple[Index, Index]:
@@ -158,45 +219,105 @@ def split_held_out(index: Index, fraction: float) -> tuple[Index, Index]:
     Raises:
         DataError: one of the two would be empty.
     """
-    limit = int(fraction * 2**64)
-    held_out = np.zeros(len(index), dtype=bool)
-    for number, (start, length) in enumerate(zip(index.starts, index.lengths, strict=True)):
-        digest = hashlib.blake2b(index.tokens[start : start + length + 1].tobytes(), digest_size=8).digest()
-        held_out[number] = int.from_bytes(digest, "little") < limit
+    held_out = index.digests.astype(np.uint64) < np.uint64(fraction * 2**64)
     if held_out.all() or not held_out.any():
         raise DataError(f"validation.fraction = {fraction} of {len(index)} documents leaves none {'to train on' if held_out.all() else 'held out'}")
     return index.select(~held_out), index.select(held_out)
 
 
-def _check_idle(section: Dataset, format: str, where: str) -> None:
-    """Refuse settings that data of this format has no use for; where the format is given, the config check has done so."""
-    own = {"chat": ("messages",), "instruct": ("instruction", "input", "output"), "text": ("text",)}[format]
-    default = Dataset()
-    idle = [f"columns.{name}" for name, value in vars(section.columns).items() if name not in own and value != getattr(default.columns, name)]
-    if format == "text":
-        idle += [name for name in ("chat_template", "train_on") if getattr(section, name) != getattr(default, name)]
-    if idle:
-        raise DataError(f"{where}: the data is {format!r}, for which dataset.{idle[0]} has no effect; remove it, or set dataset.format")
+def describe_facts(source: IndexedSource) -> list[str]:
+    """What a person should know of a source, a line each."""
+    facts, name, seq_len = source.facts, source.found.opened.name, source.fingerprint["training.seq_len"]
+    done = {"truncate": "cut to the first", "split": "split into pieces of", "drop": "left out: longer than"}
+    first = {number: f"first {source.found.opened.where(*place)}" for number, place in facts.examples.items()}
+    lines = {
+        f"read as {facts.format!r}, {facts.why}": bool(facts.why),
+        f"{facts.num_long} documents {done.get(source.fingerprint['dataset.too_long'])} {seq_len} tokens ({first.get('long')})": facts.num_long,
+        f"{facts.num_untrained} documents left out: no token in them is trained ({first.get('untrained')})": facts.num_untrained,
+        f"{facts.num_special_text} documents spell out special tokens, which are read as text; dataset.parse_special_tokens = true "
+        f"reads them as tokens ({first.get('special_text')})": facts.num_special_text,
+        f"warning: in {facts.num_no_stop} documents no end-of-turn token is trained: the model does not learn when to stop "
+        f"({first.get('no_stop')})": facts.num_no_stop,
+        f"warning: {facts.num_double_bos} documents begin with two begin tokens ({first.get('double_bos')})": facts.num_double_bos,
+        f"warning: in {facts.num_all_trained} documents every token is trained, not only answers ({first.get('all_trained')})": facts.num_all_trained,
+        f"{facts.num_seams} places where parts of a long text meet are tokenised differently from the whole ({first.get('seams')})": facts.num_seams,
+    }
+    return [f"{name}: {line}" for line, count in lines.items() if count] + [f"{name}: {note}" for note in source.found.opened.notes]
 
 
-def _resolve_too_long(choice: str, format: str) -> str:
+def resolve_too_long(choice: str, format: str) -> str:
+    """What "auto" means for a format."""
     if choice == "auto":
-        return "split" if format == "text" else "truncate"
+        return "split" if format in ("text", "tokens") else "truncate"
     return choice
 
 
-def _encode(
-    row: dict[str, Any], format: str, section: Dataset, tokenizer: Tokenizer, template: ChatTemplate | None, where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    if template is None:
-        ids = tokenizer.encode_document(text_of(row, section.columns, where))
-        trained = [True] * len(ids)
-    else:
-        messages = messages_of(row, format, section.columns, where)
-        try:
-            ids, trained = template.encode(messages)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-        if section.train_on == "all":
-            trained = [True] * len(ids)
-    return np.array(ids, dtype=np.int32), np.array(trained, dtype=bool)
+def _index_source(
+    found: FoundSource,
+    section: Dataset,
+    seq_len: int,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    vocab_size: int,
+    say: Say,
+    num_workers: int | None,
+) -> tuple[IndexedSource, Path]:
+    """A source's index and its folder in the cache, where it is made if it is not there."""
+    own_template = template if found.format not in ("text", "tokens") else None
+    reading = Reading(
+        tokenizer_folder=tokenizer.folder,
+        added_tokens=tokenizer.added,
+        template=(own_template.name, own_template.source) if own_template else None,
+        format=found.format,
+        columns=found.columns,
+        train_on=section.train_on,
+        parse_special_tokens=section.parse_special_tokens,
+        vocab_size=vocab_size,
+    )
+    too_long = resolve_too_long(section.too_long, found.format)
+    own_columns = {name: getattr(found.columns, name) for name in FORMAT_COLUMNS[found.format]}
+    fingerprint = {
+        "data": found.opened.digest,
+        "tokenizer": tokenizer.digest if found.format != "tokens" else "",
+        "chat template": hashlib.sha256(own_template.source.encode()).hexdigest()[:32] if own_template else "",
+        "dataset.format": found.format,
+        "dataset.train_on": section.train_on if found.format not in ("text", "tokens") else "",
+        "dataset.parse_special_tokens": section.parse_special_tokens,
+        "dataset.too_long": too_long,
+        "dataset.columns": own_columns,
+        "training.seq_len": seq_len,
+    }
+    cache = resolve_cache_folder(section) / "index"
+    versions = {"index": INDEX_VERSION, "tokenizers": tokenizers.__version__, "vocab_size": vocab_size}
+    key = hashlib.sha256(json.dumps({**fingerprint, **versions}, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache / key
+    try:
+        with wait_for_lock(cache / f"{key}.lock", lambda: say(f"{found.opened.name}: waiting for another process that tokenises it")):
+            if not _is_whole(folder):
+                remove_folder(folder)
+                workers = _resolve_num_workers(found.opened.size_bytes) if num_workers is None else num_workers
+                if workers > 1:
+                    say(f"{found.opened.name}: tokenising {found.opened.size_bytes / 1e6:.0f} MB with {workers} processes")
+                staging = make_staging(folder)
+                build_source(staging, found.opened, reading, tokenizer, Facts(found.format, found.why), seq_len, too_long, workers)
+                files = describe_files(staging, (TOKENS_FILE, DOCUMENTS_FILE, FACTS_FILE))
+                commit_folder(staging, folder, files, kind="index", source=found.opened.name)
+    except OSError as error:
+        raise DataError(f"dataset.cache_folder: {error.filename or cache} cannot be written: {error.strerror}; name another folder") from None
+    facts = Facts(**read_json(folder / FACTS_FILE, DataError))
+    marked = np.memmap(folder / TOKENS_FILE, dtype=np.int32, mode="r")
+    return IndexedSource(found, marked, facts, {**fingerprint, "tokens": facts.tokens_digest}), folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a finished index lies here: its files have the sizes of its manifest."""
+    try:
+        files = read_manifest(folder)["files"]
+        return all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
+    except (CheckpointError, OSError):
+        return False
+
+
+def _resolve_num_workers(size_bytes: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, size_bytes // BYTES_PER_WORKER))

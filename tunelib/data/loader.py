@@ -1,6 +1,7 @@
 """Rows to batches: which rows a step trains on, and the micro-batches of one data rank.
 
-Step s takes rows (s − 1)·G … s·G − 1 of the endless sequence epoch 0, epoch 1, …, where G is the global batch. Nothing here
+Step s takes rows (s − 1)·G … s·G − 1 of the endless sequence epoch 0, epoch 1, …, where G is the global batch; with
+``dataset.last_batch = "drop"`` each epoch is first cut to a multiple of G rows. Nothing here
 depends on how many ranks there are: a rank is handed its share of a step's rows at the end. There is no state but the step.
 """
 
@@ -14,8 +15,11 @@ import numpy as np
 import torch
 
 from tunelib.batch import IGNORED, Batch
+from tunelib.data.encode import read_ids, read_trained
 from tunelib.data.index import Index
+from tunelib.data.mix import build_mix, describe_mix, seeded_random
 from tunelib.data.packing import EpochPlan, plan_epoch, plan_in_order
+from tunelib.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,16 @@ class TrainData:
         seed: of the order.
         global_batch_size: rows per step.
         share: this rank's part.
+        last_batch: "fill" or "drop": what becomes of an epoch's last rows where they are no whole batch.
+
+    Raises:
+        DataError: with "drop", an epoch has fewer rows than a batch; or a source has no document.
     """
 
-    def __init__(self, index: Index, seq_len: int, packing: bool, seed: int, global_batch_size: int, share: Share):
+    def __init__(self, index: Index, seq_len: int, packing: bool, seed: int, global_batch_size: int, share: Share, last_batch: str = "fill"):
         self.index, self.seq_len, self.packing, self.seed = index, seq_len, packing, seed
-        self.global_batch_size, self.share = global_batch_size, share
+        self.global_batch_size, self.share, self.last_batch = global_batch_size, share, last_batch
+        self.mix = build_mix(index)
         self._plans: dict[int, EpochPlan] = {}
         self._epoch_ends: list[int] = []  # rows before the end of epoch 0, 1, …
 
@@ -60,7 +69,17 @@ class TrainData:
     def fingerprint(self) -> dict[str, Any]:
         """Name → value of everything that decides which rows a step has."""
         order = {"dataset.packing": self.packing, "training.seed": self.seed, "training.global_batch_size": self.global_batch_size}
-        return {**self.index.fingerprint, **order, "documents": len(self.index)}
+        takes = list(self.mix.takes)
+        return {**self.index.fingerprint, **order, "dataset.last_batch": self.last_batch, "dataset.mix": takes, "documents": len(self.index)}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the order: each source's share, how full rows are, and rows left out."""
+        plan = self._plan(0)
+        tokens = int(self.index.lengths[plan.documents].sum())
+        fill = f"{len(plan):,} rows an epoch, {tokens / (len(plan) * self.seq_len):.2%} full"
+        left_out = len(plan) - self._rows_in(plan)
+        return [*describe_mix(self.index, self.mix), fill + (f"; the last {left_out} are left out" if left_out else "")]
 
     def steps_in_epochs(self, epochs: int) -> int:
         """Steps that see every document at least ``epochs`` times, the last batch filled from the next epoch."""
@@ -93,7 +112,7 @@ class TrainData:
             batches=[build_batch(self.index, micro, self.seq_len, self.packing) for micro in deal_rows(documents, self.share)],
             num_trained=int(sum(self.index.num_trained[row].sum() for row in documents)),
             num_tokens=int(sum(self.index.lengths[row].sum() for row in documents)),
-            epoch=epoch + (done - first) / len(self._plan(epoch)),
+            epoch=epoch + (done - first) / self._rows_in(self._plan(epoch)),
         )
 
     def _ends_up_to(self, rows: int) -> list[int]:
@@ -103,13 +122,24 @@ class TrainData:
 
     def _plan_next_epoch(self) -> None:
         epoch = len(self._epoch_ends)
-        self._epoch_ends.append((self._epoch_ends[-1] if epoch else 0) + len(self._plan(epoch)))
+        self._epoch_ends.append((self._epoch_ends[-1] if epoch else 0) + self._rows_in(self._plan(epoch)))
+
+    def _rows_in(self, plan: EpochPlan) -> int:
+        """Rows of an epoch that are trained on."""
+        rows = len(plan) // self.global_batch_size * self.global_batch_size if self.last_batch == "drop" else len(plan)
+        if not rows:
+            raise DataError(
+                f"an epoch has {len(plan)} rows, less than training.global_batch_size = {self.global_batch_size}, and dataset.last_batch "
+                'is "drop", so nothing is left; set it to "fill", or take a smaller batch'
+            )
+        return rows
 
     def _plan(self, epoch: int) -> EpochPlan:
         if epoch not in self._plans:
             for old in sorted(self._plans)[:-1]:  # two are enough: a batch may lie across a border
                 del self._plans[old]
-            self._plans[epoch] = plan_epoch(self.index.lengths, self.seq_len, self.packing, self.seed, epoch)
+            documents, random = self.mix.documents(self.seed, epoch), seeded_random(self.seed, epoch)
+            self._plans[epoch] = plan_epoch(documents, self.index.lengths, self.seq_len, self.packing, random)
         return self._plans[epoch]
 
 
@@ -152,11 +182,10 @@ def build_batch(index: Index, rows: list[np.ndarray], seq_len: int, packing: boo
     for number, row in enumerate(rows):
         place = 0
         for document in row.tolist():
-            start, length = int(index.starts[document]), int(index.lengths[document])
+            marked, length = index.marked(document), int(index.lengths[document])
             here = slice(place, place + length)
-            tokens[number, here] = index.tokens[start : start + length]
-            targets = slice(start + 1, start + 1 + length)
-            labels[number, here] = np.where(index.trained[targets], index.tokens[targets], IGNORED)
+            tokens[number, here] = read_ids(marked[:-1])
+            labels[number, here] = np.where(read_trained(marked[1:]), marked[1:], IGNORED)
             positions[number, here] = np.arange(length)
             document_lengths.append(length)
             place += length

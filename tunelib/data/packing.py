@@ -1,4 +1,4 @@
-"""Documents to rows: one epoch's order, a pure function of (seed, epoch, lengths) (law 2).
+"""Documents to rows: one epoch's order, a pure function of (seed, epoch, documents, lengths) (law 2).
 
     permutation(seed, epoch) → windows of WINDOW documents → best-fit packing in each → all rows shuffled
 
@@ -29,16 +29,15 @@ class EpochPlan:
         return self.documents[self.bounds[number] : self.bounds[number + 1]]
 
 
-def plan_epoch(lengths: np.ndarray, seq_len: int, packing: bool, seed: int, epoch: int) -> EpochPlan:
-    """The rows of an epoch, every document in exactly one of them.
+def plan_epoch(documents: np.ndarray, lengths: np.ndarray, seq_len: int, packing: bool, random: np.random.RandomState) -> EpochPlan:
+    """The rows of an epoch, each of its documents in exactly one of them.
 
     Args:
-        lengths: positions of each document, none above ``seq_len``.
+        documents: those of the epoch; one may stand there several times.
+        lengths: positions of each document of the index, none above ``seq_len``.
         packing: False gives each document a row of its own.
     """
-    # RandomState and not Generator: numpy promises that its streams never change.
-    random = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, epoch])
-    order = random.permutation(len(lengths))
+    order = documents[random.permutation(len(documents))]
     if not packing:
         return EpochPlan(order, np.arange(len(order) + 1))
     rows = [row for first in range(0, len(order), WINDOW) for row in pack_best_fit(order[first : first + WINDOW], lengths, seq_len)]

@@ -1,124 +1,282 @@
-"""Data files to documents: rows of JSONL read as chats, instructions or text, and plain text files.
+"""Where documents come from, behind one small interface: a file, a folder, a pattern or a data set on the Hub to raw rows.
 
-Everything wrong with a row is a DataError that begins with ``file:line``.
+Opening a source finds its files and digests them; nothing is parsed before `OpenedSource.rows` is asked. What is wrong with a
+source is a DataError that names it, and with a row one that begins with the row's place.
 """
 
+import contextlib
 import difflib
+import errno
+import fcntl
+import fnmatch
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tunelib.config.schema import Columns
+from tunelib.config.schema import Source
+from tunelib.data.hub import load_hub, read_hub
+from tunelib.data.readers import KINDS, RawRow, RawText, Row, find_lone_surrogate, has_half_escape, kind_of, read_file
 from tunelib.errors import DataError
+from tunelib.files import read_json, replace_file
 
-ROLES = ("system", "user", "assistant", "tool")
-TEXT_SUFFIXES = (".txt", ".md")
-Row = dict[str, Any]
+if TYPE_CHECKING:
+    import datasets  # type: ignore[import-untyped]  # has no types
+
+KINDS_IN_WORDS = f"{', '.join(KINDS[:-1])} and {KINDS[-1]}, each also as .gz or .zst"
+DIGEST_CHUNK_BYTES = 1 << 22
+MEMO_MIN_BYTES = 1 << 20
+"""A smaller file is digested sooner than a memo of its digest is read."""
+SETTLED_SECONDS = 2
+"""A file that changed later than this before it was digested may change again without its times showing it: no memo is made."""
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """The rows of a .jsonl file with their line numbers; a plain text file is one row with the column "text".
+@dataclass(frozen=True)
+class OpenedSource:
+    """The files of a source, or its data set on the Hub, ready to be read, any number of times.
+
+    Attributes:
+        name: the path, pattern or Hub name as it was given, for messages.
+        files: how messages name each file.
+        digest: of all files' bytes and names within the source, or of the Hub's name, subset, split and commit.
+        size_bytes: as stored on the disk.
+        notes: what a person should know, such as files of a folder that are not read.
+        dataset: the rows of a Hub data set; None for files.
+        columns: names that a row may have.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    digest: str
+    size_bytes: int
+    notes: tuple[str, ...]
+    dataset: "datasets.Dataset | None" = field(default=None, repr=False)
+    columns: frozenset[str] = field(default=frozenset(), repr=False)
+
+    def rows(self) -> Iterator[RawRow | RawText]:
+        """All rows and parts of texts, file by file, in the same order each time."""
+        if self.dataset is not None:
+            yield from read_hub(self.dataset)
+        else:
+            for number, file in enumerate(self.files):
+                yield from read_file(Path(file), number, self.columns)
+
+    def where(self, file: int, line: int) -> str:
+        """The place of a row in words, such as "chat.jsonl:12" or "chat.parquet, row 12"."""
+        has_lines = self.dataset is None and kind_of(self.files[file]) != ".parquet"
+        return f"{self.files[file]}:{line}" if has_lines else f"{self.files[file]}, row {line}"
+
+
+def open_source(source: Source, cache_folder: Path) -> OpenedSource:
+    """Find and digest the files of a source, or fetch its data set from the Hub.
+
+    Args:
+        cache_folder: where digests are kept, so that a file that has not changed is not read for its digest again.
 
     Raises:
-        DataError: no such file, an unknown kind, bytes that are not UTF-8, or a line that is not a JSON object.
+        DataError: nothing to read, or something that cannot be read; the text says which and what to do.
     """
-    if not path.exists():
-        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else [], n=1)
-        raise DataError(f"{path}: no such data file{f'; did you mean {path.with_name(near[0])}?' if near else ''}")
-    if path.is_dir():
-        raise DataError(f"{path} is a directory; name one .jsonl or .txt file")
-    if path.suffix in TEXT_SUFFIXES:
-        yield 1, {"text": _decode(path.read_bytes(), str(path))}
-    elif path.suffix == ".jsonl":
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _parse_line(line, f"{path}:{number}")
-    else:
-        raise DataError(f"{path}: {path.suffix or 'a file without a suffix'} is not a kind that is read; .jsonl, .txt and .md are")
+    if source.hub:
+        loaded = load_hub(source)
+        place = f"{'/'.join(filter(None, (source.hub, source.subset)))}[{source.split}]"
+        return OpenedSource(source.hub, (place,), loaded.digest, loaded.size_bytes, loaded.notes, loaded.dataset)
+    base, paths, others = _find_files(Path(source.path))
+    notes: tuple[str, ...] = ()
+    if others:
+        what = "1 file is" if len(others) == 1 else f"{len(others)} files are"
+        notes = (f"{source.path}: {what} of a kind that is not read, for example {others[0]}",)
+    digest = hashlib.blake2b(digest_size=16)
+    size_bytes = 0
+    for path in paths:
+        # A file that is the whole source may be renamed: of its name, only the kind decides its rows.
+        name = kind_of(path.name) if path == base else path.relative_to(base).as_posix()
+        try:
+            size_bytes += path.stat().st_size
+            content = _digest_file(path, cache_folder / "digests")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        digest.update(f"{content} {name}\n".encode("utf-8", "surrogateescape"))
+    columns = frozenset((*astuple(source.columns), "conversations"))
+    return OpenedSource(source.path, tuple(map(str, paths)), digest.hexdigest(), size_bytes, notes, columns=columns)
 
 
-def detect_format(row: Row, columns: Columns, where: str) -> str:
-    """Which of "chat", "instruct" and "text" a row is, by the columns it has.
+def parse_row(content: bytes | Row, where: str) -> Row:
+    """The row in a line of JSONL; a row that was read already is returned as it is.
 
     Raises:
-        DataError: by none or by more than one.
+        DataError: bytes that are not UTF-8, a line that is not one JSON object, or text with half of a surrogate pair in it.
     """
-    found = [
-        name
-        for name, needed in (("chat", (columns.messages,)), ("instruct", (columns.instruction, columns.output)), ("text", (columns.text,)))
-        if all(column in row for column in needed)
-    ]
-    if len(found) != 1:
-        raise DataError(
-            f"{where}: columns {sorted(row)} fit {' and '.join(found) or 'no format'}: set dataset.format, and dataset.columns for other names"
-        )
-    return found[0]
-
-
-def messages_of(row: Row, format: str, columns: Columns, where: str) -> list[dict[str, Any]]:
-    """A chat or instruct row as messages, each with a role and a content that is text; raises DataError."""
-    if format == "instruct":
-        instruction, output = (_text_in(row, column, where) for column in (columns.instruction, columns.output))
-        material = _text_in(row, columns.input, where) if row.get(columns.input) else ""
-        question = f"{instruction}\n\n{material}" if material else instruction
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-    messages = row.get(columns.messages)
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: column {columns.messages!r} is not a list of messages")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise DataError(f"{where}: message {number} has no role among {', '.join(ROLES)}: {_shorten(message)}")
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"{where}: message {number} ({message['role']}) has no text in 'content': {_shorten(message)}")
-    if all(message["role"] != "assistant" for message in messages):
-        raise DataError(f"{where}: no message is the assistant's")
-    return messages
-
-
-def text_of(row: Row, columns: Columns, where: str) -> str:
-    """The document of a text row; raises DataError."""
-    return _text_in(row, columns.text, where)
-
-
-def digest_file(path: Path) -> str:
-    """A digest of a file's bytes, for the data fingerprint."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()[:32]
-
-
-def _text_in(row: Row, column: str, where: str) -> str:
-    if column not in row:
-        raise DataError(f"{where}: no column {column!r} among {sorted(row)}; dataset.columns names them")
-    if not isinstance(row[column], str):
-        raise DataError(f"{where}: column {column!r} is not text: {_shorten(row[column])}")
-    return row[column]
-
-
-def _parse_line(line: bytes, where: str) -> Row:
+    if not isinstance(content, bytes):
+        return content
     try:
-        row = json.loads(_decode(line, where))
+        text = content.decode()
+        row = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: byte {error.start} of the line is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}; a .jsonl file has one JSON object a line") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: not a JSON object: {_shorten(row)}")
+        raise DataError(f"{where}: not a JSON object: {text.strip() if len(text) <= 80 else text.strip()[:77] + '...'}")
+    if has_half_escape(text) and (half := find_lone_surrogate(row)):
+        raise DataError(f"{where}: {half} is half of a character; no tokenizer can read it")
     return row
 
 
-def _decode(content: bytes, where: str) -> str:
+def _find_files(path: Path) -> tuple[Path, list[Path], list[Path]]:
+    """What names within the source are relative to, the files to read, and those that are not read because of their kind."""
+    found: list[Path]
+    if (mode := _mode_of(path)) is None:
+        base, found = _match_pattern(path)
+    elif stat.S_ISDIR(mode):
+        base, found = path, list(_files_below(path))
+    elif kind_of(path.name):
+        base, found = path, [path]
+    else:
+        raise DataError(f"{path}: {path.suffix or 'a file without a suffix'} is not a kind that is read; {KINDS_IN_WORDS} are")
+    found = sorted(set(found), key=lambda file: file.relative_to(base).as_posix())
+    paths = [file for file in found if kind_of(file.name)]
+    others = [file for file in found if not kind_of(file.name)]
+    if not paths:
+        there = f"; there are others, for example {others[0]}" if others else ""
+        raise DataError(f"{path} holds no file of a kind that is read ({KINDS_IN_WORDS}){there}")
+    for file in paths:
+        if (mode := _mode_of(file)) is None:
+            raise DataError(f"{file} is a link to a file that does not exist")
+        if not stat.S_ISREG(mode):
+            raise DataError(f"{file} is a pipe, a socket or a device; data is read more than once, so save it as a file")
+    return base, paths, others
+
+
+def _mode_of(path: Path) -> int | None:
+    """The kind of what a path names, links followed; None where there is nothing."""
     try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {error.start} is not UTF-8") from None
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        why = "is a link that leads back to itself" if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
+        raise DataError(f"{path} {why}") from None
 
 
-def _shorten(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _is_folder(path: Path) -> bool:
+    mode = _mode_of(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def _match_pattern(path: Path) -> tuple[Path, list[Path]]:
+    """The folder in which a pattern begins, and the files it names, those below folders it names among them."""
+    first = next((number for number, part in enumerate(path.parts) if re.search(r"[*?\[]", part)), None)
+    if first is None:
+        raise DataError(_missing(path))
+    base = Path(*path.parts[:first])
+    found = list(_matches_below(base, path.parts[first:], ())) if _mode_of(base) is not None else []
+    if not found:
+        raise DataError(f"{path}: no file matches this pattern")
+    return base, [file for match in found for file in (_files_below(match) if _is_folder(match) else (match,))]
+
+
+def _matches_below(folder: Path, parts: Sequence[str], above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    if not parts:
+        yield folder
+        return
+    is_deep = parts[0] == "**"
+    if is_deep:
+        yield from _matches_below(folder, parts[1:], ())
+        above = _add_folder(folder, above)
+    for path in _visible_in(folder):
+        if is_deep and _is_folder(path):
+            yield from _matches_below(path, parts, above)
+        elif not is_deep and fnmatch.fnmatchcase(path.name, parts[0]) and (len(parts) == 1 or _is_folder(path)):
+            yield from _matches_below(path, parts[1:], ())
+
+
+def _files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """All files at any depth that are not hidden, links followed."""
+    above = _add_folder(folder, above)
+    for path in _visible_in(folder):
+        if _is_folder(path):
+            yield from _files_below(path, above)
+        else:
+            yield path
+
+
+def _add_folder(folder: Path, above: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """The folders on the way here, and this one.
+
+    Raises:
+        DataError: it is one of them, so that a link made a circle.
+    """
+    identity = (folder.stat().st_dev, folder.stat().st_ino)
+    if identity in above:
+        raise DataError(f"{folder} is a link to a folder that it lies in; remove the link, or name the files with a pattern")
+    return (*above, identity)
+
+
+def _visible_in(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from None
+
+
+def _missing(path: Path) -> str:
+    """That a file is missing, and what may have been meant."""
+    names = [other.name for other in _visible_in(path.parent)] if _is_folder(path.parent) else []
+    if near := difflib.get_close_matches(path.name, names, n=1):
+        return f"{path}: no such data file; did you mean {path.with_name(near[0])}?"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and not kind_of(path.name):
+        return f'{path}: no such data file; for a data set on the Hub, write dataset.hub = "{path}"'
+    return f"{path}: no such data file"
+
+
+def _digest_file(path: Path, memos: Path) -> str:
+    """A digest of a file's bytes, from its memo where it has one and has not changed since; processes that start at once digest it once."""
+    if path.stat().st_size < MEMO_MIN_BYTES:
+        return _digest_bytes(path)
+    memo = memos / f"{hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()}.json"
+    with contextlib.ExitStack() as stack:
+        with _blaming_cache(memos):
+            memos.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(memo.with_suffix(".lock"), "w")), fcntl.LOCK_EX)
+        state, now = _state_of(path), time.time_ns()
+        with contextlib.suppress(DataError):
+            known = read_json(memo, DataError)
+            if known.get("state") == state:
+                return str(known["digest"])
+        digest = _digest_bytes(path)
+        if _state_of(path) != state:
+            raise DataError(f"{path} changed while it was read; start again when it is complete")
+        if now - max(state["mtime_ns"], state["ctime_ns"]) >= SETTLED_SECONDS * 10**9:
+            with _blaming_cache(memos):
+                replace_file(memo, json.dumps({"path": str(path.absolute()), "state": state, "digest": digest}) + "\n")
+    return digest
+
+
+def _state_of(path: Path) -> dict[str, int]:
+    """What changes when a file does."""
+    found = path.stat()
+    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns, "inode": found.st_ino}
+
+
+def _digest_bytes(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(DIGEST_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _blaming_cache(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror}; give dataset.cache_folder another folder") from None

@@ -125,7 +125,7 @@ class ExportPlan:
     partition: dict[str, list[TensorInfo]]
     index: dict[str, Any] | None
     config: dict[str, Any]
-    companions: dict[str, Path | str]
+    companions: dict[str, Path | str | bytes]
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -138,7 +138,7 @@ def plan_export(
     config: dict[str, Any],
     source: HfFolder | None,
     dtype: torch.dtype | None,
-    companions: dict[str, Path | str],
+    companions: dict[str, Path | str | bytes],
 ) -> ExportPlan:
     """Plan a folder in the form that the weights came in, or in files of at most MAX_FILE_BYTES.
 
@@ -149,7 +149,11 @@ def plan_export(
     """
     if source is not None:
         partition = {
-            file: [TensorInfo(info.name, dtype or info.dtype, info.shape) for info in infos if not info.name.endswith(DERIVED_SUFFIX)]
+            file: [
+                TensorInfo(info.name, dtype or info.dtype, tuple(parameters[EMBEDDING if info.name not in parameters else info.name][0]))
+                for info in infos
+                if not info.name.endswith(DERIVED_SUFFIX)
+            ]
             for file, infos in source.partition.items()
         }
     else:
@@ -207,22 +211,34 @@ def _write_companions(plan: ExportPlan, staging: Path) -> None:
         files.write_file(staging / INDEX_FILE, json.dumps(plan.index, indent=2) + "\n")
 
 
-def find_companions(source: Path | None, tokenizer_folder: Path | None, config: dict[str, Any], chat_template: str | None) -> dict[str, Path | str]:
+def find_companions(
+    source: Path | None, tokenizer_folder: Path | None, config: dict[str, Any], chat_template: str | None, stop_ids: frozenset[int]
+) -> dict[str, Path | str | bytes]:
     """The files that make weights a folder for others: the tokenizer that was used, and how to generate.
 
     Args:
-        source: the folder that the weights came from; its generation_config.json stays.
+        source: the folder that the weights came from; its generation_config.json stays, but for further stop ids.
         chat_template: the template that was trained with, where it is not the tokenizer's own.
+        stop_ids: ids that end an answer.
     """
     folder = tokenizer_folder or source
-    found: dict[str, Path | str] = {name: folder / name for name in TOKENIZER_FILES if folder is not None and (folder / name).is_file()}
+    found: dict[str, Path | str | bytes] = {name: folder / name for name in TOKENIZER_FILES if folder is not None and (folder / name).is_file()}
     if chat_template is not None:
         found[CHAT_TEMPLATE] = chat_template
-    if source is not None and (source / GENERATION_CONFIG).is_file():
-        found[GENERATION_CONFIG] = source / GENERATION_CONFIG
+    path = source / GENERATION_CONFIG if source is not None else None
+    if path is not None and path.is_file():
+        settings = files.read_json(path, FormatError)
+        found[GENERATION_CONFIG] = path
     else:
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
-        found[GENERATION_CONFIG] = json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n"
+        settings = {"_from_model_config": True, **ids}
+    listed = settings.get("eos_token_id")
+    known = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if further := sorted(stop_ids - set(known)):
+        settings["eos_token_id"] = [*known, *further] if known or len(further) > 1 else further[0]
+        settings.pop("_from_model_config", None)
+    if path is None or not path.is_file() or further:
+        found[GENERATION_CONFIG] = json.dumps(settings, indent=2) + "\n"
     return found
 
 

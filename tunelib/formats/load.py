@@ -1,6 +1,6 @@
 """Give a spread model its weights, from whatever they are stored in: the one call that training and every tool make."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tunelib.config.schema import Model
 from tunelib.config.sizes import SIZES
 from tunelib.errors import FormatError
 from tunelib.files import MANIFEST, find_damage, read_manifest
-from tunelib.formats.hf import ExportPlan, HfFolder, check_names, find_companions, open_hf_folder, plan_export, read_config
+from tunelib.formats.hf import EMBEDDING, HEAD, ExportPlan, HfFolder, check_names, find_companions, open_hf_folder, plan_export, read_config
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder, draw_weight
 from tunelib.model.families import hf_config, llama, parse_config
@@ -31,12 +31,33 @@ class Weights:
     Attributes:
         config: the model that they are for.
         sentence: for the opening lines.
+        num_stored_rows: rows of the embedding and head that are stored; the model may have more.
     """
 
     config: ModelConfig
     sentence: str
+    num_stored_rows: int
     hf: HfFolder | None = None
     dcp: Path | None = None
+
+
+@dataclass(frozen=True)
+class Words:
+    """What an export carries of the tokenizer that was trained with.
+
+    Attributes:
+        folder: where its files lie.
+        files: name → content of those that are not plain copies.
+        special_ids: bos, eos and pad, for a config.json made here.
+        chat_template: the template that was trained with, where it is not the tokenizer's own.
+        stop_ids: ids that end an answer.
+    """
+
+    folder: Path | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    special_ids: dict[str, int] = field(default_factory=dict)
+    chat_template: str | None = None
+    stop_ids: frozenset[int] = frozenset()
 
 
 def check_weights_folder(initial_load_path: str) -> None:
@@ -53,7 +74,7 @@ def find_tokenizer_folder(tokenizer_path: str, initial_load_path: str) -> Path |
     if tokenizer_path or not initial_load_path:
         return Path(tokenizer_path) if tokenizer_path else None
     folder = Path(initial_load_path)
-    if (folder / "tokenizer.json").is_file() or not (folder / CONFIG_FILE).is_file():
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) or not (folder / CONFIG_FILE).is_file():
         return folder
     written = read_written(folder / CONFIG_FILE)
     return find_tokenizer_folder(str(written.get("model.tokenizer_path", "")), str(written.get("checkpoint.initial_load_path", "")))
@@ -63,7 +84,7 @@ def find_weights(section: Model, initial_load_path: str, vocab_size: int, seq_le
     """Know the model: from the folder that it is loaded from, or from [model].
 
     Args:
-        vocab_size: the tokenizer's, for a model whose own is not given.
+        vocab_size: the tokenizer's, for a model whose own is not given, or that is to grow with it (model.resize_embeddings).
         seq_len: tokens per row, for a model whose longest context is not given.
 
     Raises:
@@ -71,14 +92,20 @@ def find_weights(section: Model, initial_load_path: str, vocab_size: int, seq_le
     """
     if not initial_load_path:
         config = parse_config(_fields_of(section, vocab_size, seq_len), "[model]")
-        return Weights(config, "weights drawn from training.seed")
+        config = replace(config, vocab_size=max(config.vocab_size, vocab_size)) if section.resize_embeddings else config
+        return Weights(config, "weights drawn from training.seed", config.vocab_size)
     check_weights_folder(initial_load_path)
     folder = Path(initial_load_path)
     config = parse_config(read_config(folder), str(folder / "config.json"))
+    num_stored_rows = config.vocab_size
+    grown = ""
+    if section.resize_embeddings and vocab_size > num_stored_rows:
+        config = replace(config, vocab_size=vocab_size)
+        grown = f", the embedding grown from {num_stored_rows} to {vocab_size} rows"
     if (folder / ".metadata").is_file():
         unverified = "" if (folder / MANIFEST).is_file() else ", unverified: it has no manifest"
-        return Weights(config, f"weights from the DCP folder {folder}{unverified}", dcp=folder)
-    return Weights(config, f"weights from the Hugging Face folder {folder}", hf=open_hf_folder(folder))
+        return Weights(config, f"weights from the DCP folder {folder}{unverified}{grown}", num_stored_rows, dcp=folder)
+    return Weights(config, f"weights from the Hugging Face folder {folder}{grown}", num_stored_rows, hf=open_hf_folder(folder))
 
 
 def check_weights(model: Decoder, weights: Weights) -> None:
@@ -88,14 +115,15 @@ def check_weights(model: Decoder, weights: Weights) -> None:
     """
     if weights.hf is not None:
         _check_files(weights.hf.folder, set(weights.hf.partition))
-        check_names(weights.hf, {name: parameter.shape for name, parameter in model.named_parameters()}, model.config.tie_word_embeddings)
+        expected = {name: _stored_shape(name, parameter.shape, weights) for name, parameter in model.named_parameters()}
+        check_names(weights.hf, expected, model.config.tie_word_embeddings)
     if weights.dcp is not None:
         _check_files(weights.dcp, None)
         held = SafeReader(weights.dcp).read_metadata().state_dict_metadata
         for name, parameter in model.named_parameters():
-            size = getattr(held.get(name), "size", None)
-            if size != parameter.shape:
-                raise FormatError(f"{weights.dcp}: {name} is {'missing' if size is None else f'{list(size)} instead of {list(parameter.shape)}'}")
+            size, expected_size = getattr(held.get(name), "size", None), _stored_shape(name, parameter.shape, weights)
+            if size != expected_size:
+                raise FormatError(f"{weights.dcp}: {name} is {'missing' if size is None else f'{list(size)} instead of {list(expected_size)}'}")
 
 
 def _check_files(folder: Path, names: set[str] | None) -> None:
@@ -107,35 +135,48 @@ def _check_files(folder: Path, names: set[str] | None) -> None:
 
 
 def give_weights(model: Decoder, weights: Weights, seed: int) -> None:
-    """Fill every parameter, each rank its own shards only. Collective for a DCP folder."""
+    """Fill every parameter, each rank its own shards only. Collective for a DCP folder.
+
+    Rows that an embedding or a head has beyond those stored become the mean of the stored ones.
+    """
+    grown: dict[str, Tensor] = {}
     if weights.dcp is not None:
-        load_tensors({name: parameter.detach() for name, parameter in model.named_parameters()}, weights.dcp)
-        return
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        grown = {
+            name: torch.empty(stored, dtype=parameter.dtype)
+            for name, parameter in parameters.items()
+            if (stored := _stored_shape(name, parameter.shape, weights)) != parameter.shape
+        }
+        load_tensors(parameters | grown, weights.dcp)
     for name, parameter in model.named_parameters():
         where = _own_slices(parameter)
-        part = weights.hf.read(name, where) if weights.hf else draw_weight(model.config, name, parameter.shape, seed)[where]
-        local(parameter.detach()).copy_(part)
+        if name in grown or _stored_shape(name, parameter.shape, weights) != parameter.shape:
+            assert grown or weights.hf is not None, "a drawn model has no stored rows"
+            whole = grown[name] if grown else weights.hf.read(name)  # type: ignore[union-attr]  # see above
+            fill = whole.mean(dim=0, dtype=torch.float32).to(whole.dtype).expand(parameter.shape[0] - len(whole), -1)
+            local(parameter.detach()).copy_(torch.cat([whole, fill])[where])
+        elif weights.dcp is None:
+            part = weights.hf.read(name, where) if weights.hf else draw_weight(model.config, name, parameter.shape, seed)[where]
+            local(parameter.detach()).copy_(part)
 
 
-def plan_export_of(
-    model: Decoder,
-    weights: Weights,
-    tokenizer_folder: Path | None,
-    special_ids: dict[str, int],
-    chat_template: str | None,
-    dtype: torch.dtype | None,
-) -> ExportPlan:
+def _stored_shape(name: str, shape: torch.Size, weights: Weights) -> torch.Size:
+    """The shape of a parameter where it is stored: an embedding and a head may have fewer rows there."""
+    return torch.Size((weights.num_stored_rows, *shape[1:])) if name in (EMBEDDING, HEAD) else shape
+
+
+def plan_export_of(model: Decoder, weights: Weights, words: Words, dtype: torch.dtype | None) -> ExportPlan:
     """How the model's weights will leave: in the form they came in, with the tokenizer that was used.
 
     Args:
-        special_ids: bos, eos and pad of the tokenizer, for a config.json made here.
-        chat_template: the template that was trained with, where it is not the tokenizer's own.
         dtype: the type asked for, or None for the one they came in.
     """
     parameters = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
-    config = weights.hf.config if weights.hf is not None else hf_config(weights.config) | special_ids
-    companions = find_companions(weights.hf.folder if weights.hf else None, tokenizer_folder, config, chat_template)
-    return plan_export(parameters, config, weights.hf, dtype, companions)
+    config = weights.hf.config if weights.hf is not None else hf_config(weights.config) | words.special_ids
+    if weights.num_stored_rows != weights.config.vocab_size:
+        config = {**config, "vocab_size": weights.config.vocab_size}
+    companions = find_companions(weights.hf.folder if weights.hf else None, words.folder, config, words.chat_template, words.stop_ids)
+    return plan_export(parameters, config, weights.hf, dtype, {**companions, **words.files})
 
 
 def _own_slices(parameter: Tensor) -> tuple[slice, ...]:
@@ -148,7 +189,11 @@ def _own_slices(parameter: Tensor) -> tuple[slice, ...]:
 
 def _fields_of(section: Model, vocab_size: int, seq_len: int) -> dict[str, Any]:
     """[model] as the fields of a config.json: a named size, what is given besides, and defaults where there is no size."""
-    own = {name: value for name, value in asdict(section).items() if value is not None and name not in ("flavor", "tokenizer_path", "rope_scaling")}
+    own = {
+        name: value
+        for name, value in asdict(section).items()
+        if value is not None and name not in ("flavor", "tokenizer_path", "resize_embeddings", "rope_scaling")
+    }
     if section.rope_scaling.rope_type != "default":
         own["rope_scaling"] = asdict(section.rope_scaling)
     defaults = {"vocab_size": vocab_size + vocab_size % 2, "max_position_embeddings": seq_len, "rms_norm_eps": 1e-5}

@@ -50,6 +50,8 @@ def encode_prompts(prompts: Collection[str], tokenizer: Tokenizer, template: Cha
     return encoded
 
 
-def answer_prompts(model: nn.Module, prompts: list[list[int]], tokenizer: Tokenizer, max_new_tokens: int, device: torch.device) -> list[str]:
+def answer_prompts(
+    model: nn.Module, prompts: list[list[int]], tokenizer: Tokenizer, stop_ids: Collection[int], max_new_tokens: int, device: torch.device
+) -> list[str]:
     """Greedy answers, as text, to what `encode_prompts` made. Collective."""
-    return [tokenizer.decode(generate_greedy(model, prompt, max_new_tokens, tokenizer.stop_ids, device)) for prompt in prompts]
+    return [tokenizer.decode(generate_greedy(model, prompt, max_new_tokens, stop_ids, device)) for prompt in prompts]

@@ -11,18 +11,34 @@ from tunelib.observe.metrics import METRICS_FILE
 from tunelib.parallel.mesh import Layout
 from tunelib.parallel.runtime import Runtime
 
+ENTROPY_TOKENS = 1 << 24
+
 
 def unigram_entropy(index: Index) -> float:
-    """Entropy in nats per token of the trained labels' frequencies: the loss of the best model that sees no context."""
-    labels = np.concatenate(
-        [index.tokens[s + 1 : s + 1 + n][index.trained[s + 1 : s + 1 + n]] for s, n in zip(index.starts, index.lengths, strict=True)]
-    )
-    shares = np.bincount(labels) / len(labels)
-    shares = shares[shares > 0]
+    """Entropy in nats per token of the trained labels' frequencies: the loss of the best model that sees no context.
+
+    Of a large data set, the first ENTROPY_TOKENS tokens are looked at.
+    """
+    counts = np.zeros(1, dtype=np.int64)
+    pieces: list[np.ndarray] = []
+    size, seen = 0, 0
+    for document in range(len(index)):
+        pieces.append(index.marked(document)[1:])
+        size += len(pieces[-1])
+        if size > 1 << 20 or document == len(index) - 1:
+            labels = np.concatenate(pieces)
+            added = np.bincount(labels[labels >= 0], minlength=len(counts))
+            added[: len(counts)] += counts
+            counts, pieces, seen, size = added, [], seen + size, 0
+        if seen > ENTROPY_TOKENS:
+            break
+    shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
-def opening_lines(config: Config, runtime: Runtime, layout: Layout, model: nn.Module, index: Index, num_steps: int, weights: str) -> list[str]:
+def opening_lines(
+    config: Config, runtime: Runtime, layout: Layout, model: nn.Module, index: Index, order_notes: list[str], num_steps: int, weights: str
+) -> list[str]:
     """What is about to happen, in a few lines."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     training = config.training
@@ -35,7 +51,7 @@ def opening_lines(config: Config, runtime: Runtime, layout: Layout, model: nn.Mo
         f"model      {num_parameters / 1e6:,.1f} M parameters; {weights}",
         f"data       {len(index):,} documents, {num_tokens:,} tokens, {100 * index.num_trained.sum() / num_tokens:.0f}% trained; "
         f"unigram entropy {unigram_entropy(index):.3f} nats",
-        *(f"           {note}" for note in index.notes),
+        *(f"           {note}" for note in [*index.notes, *order_notes]),
         f"machine    {processes}, {how}, {dtypes.replace('torch.', '')}",
         f"run        {num_steps:,} steps of {training.global_batch_size} rows of {training.seq_len} tokens",
     ]
