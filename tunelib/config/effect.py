@@ -134,10 +134,13 @@ def advise(need: Need, idle: Setting) -> str:
     """How to switch it on, where the idle setting stands."""
     switch = (FIELDS | TABLE_FIELDS)[need.switch]
     choices = [choice for choice in switch.choices if choice not in need.off]
+    if switch.kind == "bool":
+        on = show_value(True not in need.off)
+        return f"set {need.switch} = {on}" if idle.origin.file else f"add {switch.flag}" + (" false" if on == "false" else "")
     if not idle.origin.file:
         return f"add {switch.flag}" + (f" {' or '.join(choices)}" if choices else "")
-    if switch.kind == "bool" or choices:
-        return f"set {need.switch} = {' or '.join(show_value(choice) for choice in choices) or 'true'}"
+    if choices:
+        return f"set {need.switch} = {' or '.join(show_value(choice) for choice in choices)}"
     return f"give {need.switch}"
 
 

@@ -210,6 +210,7 @@ def read_entry(document: Document, table: dict, section: str, path: tuple[str | 
             read_value(Setting(key, value, Origin(layer, document.file, document.lines.lines.get((*path, name), 1))), inner)
         else:
             names = [item.name for item in TABLE_FIELDS.values() if item.section == section]
+            names += [inner.rpartition(".")[2] for inner in TABLE_SECTIONS if inner.rpartition(".")[0] == section]
             near = find_nearest(name, names)
             hint = f"did you mean {near!r}?" if near else f"its keys are {', '.join(names)}"
             shown = f"[[{section}]]" if section in TABLES else f"[{section}]"

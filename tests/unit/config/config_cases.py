@@ -41,6 +41,7 @@ def say(*words: str, **others: object) -> Case:
 
 
 WEIGHTS = '[dataset]\npath = "d.jsonl"\n[training]\nsteps = 1\n[checkpoint]\ninitial_load_path = "weights"\n'
+MIX = '[[dataset.mix]]\npath = "a.jsonl"\n'
 TORCHTITAN_FILE = """\
 [training]
 batch_size = 2
@@ -167,7 +168,6 @@ CASES: dict[str, Case] = {
     "not built: sections": add("[lora]\nrank = 8\n[compile]\nenable = true\n[activation_checkpoint]\nmode = 'full'\n[profiling]\nprofile_freq = 1"),
     "not built: keys": add("on_nonfinite = 'skip'\nenable_cpu_offload = true\n[metrics]\nenable_wandb = true\nenable_tensorboard = true"),
     "not built: checkpoint keys": add("[checkpoint]\nenable_checkpoint = true\nasync_mode = 'async'\nexclude_from_loading = ['optimizer']"),
-    "not built: dataset keys": replace('"data.jsonl"', '"data.jsonl"\ncache_folder = "c"\nlast_batch = "drop"\nmix = [{path = "x"}]'),
     "not built: degrees": say("--parallelism.tensor_parallel_degree", "2", "--parallelism.data_parallel_replicate_degree=2", world_size=4),
     "not built: an older spelling of a degree": say("--experimental.pipeline_parallel_degree", "2", world_size=2),
     "not built: a flag": say("--lora.rank", "8", "--compile.enable"),
@@ -175,6 +175,21 @@ CASES: dict[str, Case] = {
     "neither steps nor epochs": replace("steps = 10", "seed = 1"),
     "steps and epochs": replace("steps = 10", "steps = 10\nepochs = 1"),
     "steps and epochs on the command line": say("--training.steps", "1", "--training.epochs", "1"),
+    # lists of tables
+    "mix: unknown key and bad value": replace('path = "data.jsonl"', MIX + 'wieght = 1\nrepeats = -1\n[dataset.mix.colums]\ntext = "t"'),
+    "mix: key without effect": replace('path = "data.jsonl"', MIX + 'split = "test"\nformat = "text"\ncolumns = {messages = "m"}'),
+    "mix: path and hub, weight and repeats": replace('path = "data.jsonl"', MIX + 'hub = "a/b"\nweight = 1\nrepeats = 2'),
+    "mix: some weights": replace('path = "data.jsonl"', MIX + 'weight = 1\n[[dataset.mix]]\nhub = "a/b"\n[[dataset.mix]]\npath = "c"\nrepeats = 2'),
+    "mix: no source": replace('path = "data.jsonl"', '[[dataset.mix]]\nformat = "text"'),
+    "mix: a source beside it": replace('path = "data.jsonl"', 'path = "data.jsonl"\nmix = [{path = "x"}]'),
+    "mix: not tables": replace('path = "data.jsonl"', 'mix = ["a.jsonl"]'),
+    "mix: one table": replace('path = "data.jsonl"', '[dataset.mix]\npath = "a"'),
+    "mix: on the command line": say("--dataset.mix", "a.jsonl", "--dataset.mix.0.weight", "2"),
+    "hub: parts of none": say("--dataset.split", "test", "--dataset.revision", "main", "--dataset.streaming", "true"),
+    "hub: streaming for epochs": Case(
+        GOOD.replace('path = "data.jsonl"', 'hub = "a/b"\nstreaming = true').replace("steps = 10", "epochs = 1"), ("--dataset.last_batch", "drop")
+    ),
+    "hub: held-out split of none": add("[validation]\nenable = true\nsplit = 'test'"),
     "no data": replace('path = "data.jsonl"', ""),
     "validation without documents": add("[validation]\nenable = true"),
     "validation path and fraction": add("[validation]\nenable = true\npath = 'v.jsonl'\nfraction = 0.1"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tunelib.config import LoadedConfig, load_config, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolve_shard_degree, resolved_toml
 from tunelib.config.effect import has_effect, is_given
-from tunelib.config.fields import FIELDS, Field, is_unset, show_value
+from tunelib.config.fields import FIELDS, TABLES, Field, is_unset, show_value
 from tunelib.config.load import read_value
 from tunelib.config.schema import Parallelism, Training
 from tunelib.errors import ConfigError
@@ -246,7 +246,7 @@ def test_help_shows_every_key_with_the_value_in_force(capsys: pytest.CaptureFixt
         load(GOOD, "--training.seed", "7", "--help")
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"--{key}" in shown for key in FIELDS)
+    assert all(f"--{key}" in shown for key in FIELDS if key not in TABLES)
     words = " ".join(shown.replace("│", " ").split())
     assert "Optimizer steps of the whole run. Give this or training.epochs. (default: 10)" in words
     assert "follow from it. (default: 7)" in words
@@ -263,3 +263,21 @@ def test_warmup_as_long_as_the_run_is_said_and_not_passed_over() -> None:
     assert load(GOOD + schedule, "--training.steps", "5").notices == [
         "run.toml:11: lr_scheduler.warmup_steps = 5: the run has 5 steps, so the learning rate only rises and never decays"
     ]
+
+
+def test_tables_of_a_mix_are_read_and_written_again() -> None:
+    mix = '[[dataset.mix]]\npath = "a.jsonl"\nweight = 2\ncolumns = {messages = "m"}\n[[dataset.mix]]\nhub = "o/n"\nsplit = "test"\nweight = 1\n'
+    loaded = load(GOOD.replace('path = "data.jsonl"\n', mix))
+    first, second = loaded.config.dataset.mix
+    assert (first.path, first.weight, first.columns.messages, first.columns.text) == ("a.jsonl", 2.0, "m", "text")
+    assert (second.hub, second.split, second.weight, second.repeats) == ("o/n", "test", 1.0, None)
+    again = load(resolved_toml(loaded))
+    assert resolved_toml(again) == resolved_toml(loaded)
+    assert again.config.dataset.mix[0].path == os.path.abspath("a.jsonl")
+
+
+def test_tables_of_a_mix_replace_those_of_the_base() -> None:
+    Path("base.toml").write_text(GOOD.replace('path = "data.jsonl"', '[[dataset.mix]]\npath = "a"\n[[dataset.mix]]\npath = "b"'))
+    assert [source.path for source in load('base = "base.toml"\n[[dataset.mix]]\npath = "c"\n').config.dataset.mix] == ["c"]
+    notices = load('base = "base.toml"\n', "--dataset.path", "d.jsonl").notices
+    assert notices == ["command line: --dataset.path d.jsonl: takes the place of dataset.mix (base.toml:6)"]

@@ -3,7 +3,7 @@
 import pytest
 
 from tunelib.config.effect import EXCLUSIVE, NEEDS
-from tunelib.config.fields import FIELDS, SECTIONS
+from tunelib.config.fields import FIELDS, SECTIONS, TABLE_FIELDS
 from tunelib.config.renamed import RENAMED, REPLACED, UNBUILT, UNBUILT_DEGREES
 from tunelib.config.schema import Model, RopeScaling
 from tunelib.config.sizes import SIZES
@@ -26,12 +26,12 @@ def test_names_of_other_eras_lead_to_keys_of_today() -> None:
 
 def test_effects_speak_of_keys_that_exist() -> None:
     for need in NEEDS:
-        assert {need.switch, *need.keys} <= FIELDS.keys()
+        assert {need.switch, *need.keys} <= FIELDS.keys() | TABLE_FIELDS.keys()
         assert need.keys
         assert need.switch not in need.keys
-        choices = FIELDS[need.switch].choices
+        choices = (FIELDS | TABLE_FIELDS)[need.switch].choices
         assert not choices or set(need.off) < set(choices)
-    assert {key for pair in EXCLUSIVE for key in pair} <= FIELDS.keys()
+    assert {key for pair in EXCLUSIVE for key in pair} <= FIELDS.keys() | TABLE_FIELDS.keys()
 
 
 @pytest.mark.parametrize("name", SIZES)
