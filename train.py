@@ -22,22 +22,20 @@ import torch
 from tunelib.checkpoint.manager import CheckpointManager, check_identity
 from tunelib.checkpoint.state import RunState, model_tensors, optimizer_tensors, restore_rng, rng_tensors, tensors_to_load
 from tunelib.config import Config, check_own_config, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
-from tunelib.data.chat import complete_tokens
-from tunelib.data.index import (
-    build_index,
-    choose_template,
-    find_sources,
-    held_out_source,
-    list_sources,
-    resolve_cache_folder,
-    split_held_out,
-)
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
+from tunelib.data.prepare import build_documents, find_words
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import Stopped, TunelibError
 from tunelib.files import replace_file
 from tunelib.formats.hf import export_hf
-from tunelib.formats.load import Words, check_weights, check_weights_folder, find_tokenizer_folder, find_weights, give_weights, plan_export_of
+from tunelib.formats.load import (
+    check_weights,
+    check_weights_folder,
+    find_tokenizer_folder,
+    find_weights,
+    give_weights,
+    plan_export_of,
+)
 from tunelib.infer.generate import answer_prompts, encode_prompts
 from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.observe.console import Console
@@ -71,18 +69,10 @@ def main(argv: list[str]) -> None:
             # Words. Without a tokenizer of its own a model is given the one beside its weights; conversations need a chat template.
             check_weights_folder(config.checkpoint.initial_load_path)
             tokenizer_folder = find_tokenizer_folder(config.model.tokenizer_path, config.checkpoint.initial_load_path)
-            tokenizer = Tokenizer(tokenizer_folder) if tokenizer_folder else None
-            cache_folder, sources, template = resolve_cache_folder(config.dataset), [], None
-            if tokenizer is not None and (config.model.resize_embeddings or not config.checkpoint.create_seed_checkpoint):
-                sources = find_sources(list_sources(config.dataset), cache_folder)
-                template = choose_template(sources, config.dataset, tokenizer)
-            if tokenizer is not None and template is not None:
-                tokenizer, template = complete_tokens(tokenizer, template, config.model.resize_embeddings)
-            words = Words()
-            if tokenizer is not None:
-                own_template = template.source if template and config.dataset.chat_template else None
-                stop_ids = tokenizer.stop_ids | (template.end_ids() if template else frozenset())
-                words = Words(tokenizer.folder, tokenizer.files_to_write(), tokenizer.special_ids, own_template, stop_ids)
+            words = None
+            if tokenizer_folder and (config.model.resize_embeddings or not config.checkpoint.create_seed_checkpoint):
+                words = find_words(config.dataset, tokenizer_folder, config.model.resize_embeddings)
+            tokenizer = words.tokenizer if words else Tokenizer(tokenizer_folder) if tokenizer_folder else None
 
             # Know the model: from the folder it is loaded from, or from [model].
             vocab_size = tokenizer.vocab_size if tokenizer else 0
@@ -94,23 +84,27 @@ def main(argv: list[str]) -> None:
             train_data = held_out = index = None
             prompts: list[list[int]] = []
             if not config.checkpoint.create_seed_checkpoint:
-                assert tokenizer is not None, "checked in config/check.py"
+                assert words is not None, "checked in config/check.py"
                 seq_len, packing, section = config.training.seq_len, config.dataset.packing, config.validation
-                described = (config.dataset, seq_len, tokenizer, template, weights.config.vocab_size, console.say)
-                index = build_index(sources, *described)
-                held_out_index = None
-                if section.fraction is not None:
-                    index, held_out_index = split_held_out(index, section.fraction)
-                elif section.path or section.split:
-                    held_out_sources = find_sources([held_out_source(config.dataset, section.path, section.split)], cache_folder)
-                    held_out_index = build_index(held_out_sources, *described)
+                index, held_out_index = build_documents(
+                    words,
+                    config.dataset,
+                    seq_len,
+                    weights.config.vocab_size,
+                    held_out_path=section.path,
+                    held_out_split=section.split,
+                    held_out_fraction=section.fraction,
+                    say=console.say,
+                )
                 seed, global_batch_size, last_batch = config.training.seed, config.training.global_batch_size, config.dataset.last_batch
                 train_data = TrainData(index, seq_len, packing, seed, global_batch_size, share, last_batch)
                 held_out = HeldOutData(held_out_index, seq_len, packing, share) if held_out_index is not None else None
-                prompts = encode_prompts(section.prompts, tokenizer, template)
+                prompts = encode_prompts(section.prompts, words.tokenizer, words.template)
 
             # How the weights will leave: in the form they came in, with the words that were trained on.
-            export = plan_export_of(model, weights, words, DTYPES.get(config.checkpoint.export_dtype))
+            own_template = words.template.source if words and words.template and config.dataset.chat_template else None
+            stop_ids = words.stop_ids if words else frozenset()
+            export = plan_export_of(model, weights, tokenizer, own_template, stop_ids, DTYPES.get(config.checkpoint.export_dtype))
 
         # Memory of the run: what to go on from, if nothing that decides the run has changed since.
         checkpoint_folder = folder / config.checkpoint.folder
@@ -141,7 +135,7 @@ def main(argv: list[str]) -> None:
             return
         assert train_data is not None  # it is left out for a seed only
         assert index is not None
-        assert tokenizer is not None
+        assert words is not None
 
         # Optimizer; the schedule is a function of the step.
         optimizer = build_optimizer(model, config.optimizer)
@@ -177,7 +171,7 @@ def main(argv: list[str]) -> None:
                 console.say(f"step {step}: validation loss {loss:.4f} on {held_out.num_trained:,} held-out tokens")
 
         def show_samples() -> None:
-            answers = answer_prompts(model, prompts, tokenizer, words.stop_ids, config.validation.max_new_tokens, runtime.device)
+            answers = answer_prompts(model, prompts, words.tokenizer, stop_ids, config.validation.max_new_tokens, runtime.device)
             for prompt, answer in zip(config.validation.prompts, answers, strict=True):
                 samples.write({"step": step, "prompt": prompt, "answer": answer})
                 console.say(f"step {step}: {prompt!r} → {answer!r}")

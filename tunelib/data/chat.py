@@ -4,8 +4,11 @@ Templates are rendered as transformers renders them, in a sandbox. Where the ass
 
 1. by the template's own ``{% generation %}`` tags;
 2. by rendering once with each answer replaced by a marker, which counts only if putting the answers back gives the real rendering;
+   what stands between the generation prompt and the answer, such as an empty thinking block, is the assistant's too;
 3. by rendering prefixes of the conversation, which counts only if each is a prefix of the whole;
 4. by the generation prompt, which counts only if it stands in the rendering as often as the assistant speaks.
+
+Tool calls and reasoning that are kept beside an answer's text are found by 1, 3 and 4.
 
 Without tags a span ends with the end-of-turn token, which is trained; what the template puts after that is not. Tags decide for
 themselves. Special tokens that are written in the conversation itself are text: only the template writes special tokens.
@@ -13,6 +16,7 @@ themselves. Special tokens that are written in the conversation itself are text:
 
 import bisect
 import datetime
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -59,6 +63,8 @@ DATE = datetime.datetime(2024, 7, 26)
 MARKS = "_tunelib_marks"
 # What looks like a special token in a template's rendering, in the spellings that published templates use.
 CONTROL_TOKEN = re.compile(r"<\|[^\s|<>]+\|>|</?s>|<(?:start|end)_of_turn>")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names that data and templates have for what an assistant thinks; as transformers does it, templates get it under the first two."""
 Span = tuple[int, int]
 Message = dict[str, Any]
 
@@ -105,7 +111,7 @@ class ChatTemplate:
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation, equal to ``transformers``' ``apply_chat_template(..., tokenize=False)`` on the day of DATE."""
-        marks = _choose_marks(messages, 2)
+        marks = _choose_marks([messages, tools], 2)
         return _cut_marks(self._render(messages, tools, add_generation_prompt, marks), marks)[0]
 
     def encode(self, messages: list[Message], tools: list[Any] | None = None, *, parse_special_tokens: bool = False) -> EncodedChat:
@@ -114,8 +120,11 @@ class ChatTemplate:
         Args:
             parse_special_tokens: special tokens written in the conversation are those tokens, not text.
         """
-        broken, mark = (messages, "") if parse_special_tokens else self._break_special(messages)
-        text, spans = self._find_spans(broken, tools)
+        mark = "" if parse_special_tokens else self._choose_break(messages, tools)
+        if mark:
+            text, spans = self._find_spans(self._break_special(messages, mark), self._break_special(tools, mark))
+        else:
+            text, spans = self._find_spans(messages, tools)
         if mark:
             ids, offsets = self._encode_broken(text, mark)
         else:
@@ -130,8 +139,8 @@ class ChatTemplate:
 
     def encode_prompt(self, messages: list[Message]) -> list[int]:
         """Tokens of a conversation that the assistant is to answer."""
-        broken, mark = self._break_special(messages)
-        text = self.render(broken, add_generation_prompt=True)
+        mark = self._choose_break(messages, None)
+        text = self.render(self._break_special(messages, mark) if mark else messages, add_generation_prompt=True)
         return self._encode_broken(text, mark)[0] if mark else self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def find_missing_tokens(self) -> list[str]:
@@ -157,7 +166,7 @@ class ChatTemplate:
 
     def _render(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool, marks: str) -> str:
         """The rendering, with ``marks`` around what generation tags enclose."""
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        given = [_name_reasoning({key: value for key, value in message.items() if value is not None}) for message in messages]
         self._template.environment.globals[MARKS] = [*marks]
         try:
             return self._template.render(
@@ -166,18 +175,20 @@ class ChatTemplate:
         except Exception as error:  # a template is a program, and may fail in any way that programs do
             raise DataError(f"{self.name}: the chat template refuses the conversation: {error}") from None
 
-    def _break_special(self, messages: list[Message]) -> tuple[list[Message], str]:
-        """The conversation with a mark inside each special token that it spells out, so that it is none, and the mark; "" where there is none."""
-        if not any(self.tokenizer.find_special(text) for message in messages for text in _texts_of(message)):
-            return messages, ""
-        mark = _choose_marks(messages, 1)
+    def _choose_break(self, messages: list[Message], tools: list[Any] | None) -> str:
+        """A mark to break the special tokens with that a conversation spells out; "" where there is none."""
+        has_special = any(self.tokenizer.find_special(text) for text in _texts_of([messages, tools]))
+        return _choose_marks([messages, tools], 1) if has_special else ""
+
+    def _break_special(self, value: Any, mark: str) -> Any:
+        """Messages or tools with a mark inside each special token that they spell out, so that it is none."""
 
         def break_text(text: str) -> str:
             for start, _ in reversed(self.tokenizer.find_special(text)):
                 text = text[: start + 1] + mark + text[start + 1 :]
             return text
 
-        return [_map_texts(message, break_text) for message in messages], mark
+        return _map_texts(value, break_text)
 
     def _encode_broken(self, text: str, mark: str) -> tuple[list[int], np.ndarray]:
         """Ids of a rendering whose conversation was broken by a mark, and the characters of the rendering that each came from."""
@@ -191,7 +202,7 @@ class ChatTemplate:
     def _find_spans(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         """The rendered text and the [start, end) characters of every answer, its end-of-turn token included."""
         if self._has_generation_tags:
-            marks = _choose_marks(messages, 2)
+            marks = _choose_marks([messages, tools], 2)
             return _cut_marks(self._render(messages, tools, False, marks), marks)
         text = self.render(messages, tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -205,9 +216,12 @@ class ChatTemplate:
         )
 
     def _spans_by_markers(self, messages: list[Message], tools: list[Any] | None, answers: list[int], text: str) -> list[Span] | None:
-        marks = _choose_marks(messages, 2)
+        marks = _choose_marks([messages, tools], 2)
         begin, end = marks[0], marks[1]
-        marked = [{**message, "content": f"{begin}{index}{end}"} if index in answers else message for index, message in enumerate(messages)]
+        # Of an answer only the text: where the template shows more of it, what is rebuilt is not the rendering.
+        marked = [
+            {"role": message["role"], "content": f"{begin}{index}{end}"} if index in answers else message for index, message in enumerate(messages)
+        ]
         try:
             pieces = re.split(f"{begin}([0-9]+){end}", self._render(marked, tools, False, marks))
         except DataError:
@@ -217,8 +231,8 @@ class ChatTemplate:
         contents = [messages[index]["content"] for index in answers]
         for candidate in (contents, [content.strip() for content in contents]):
             rebuilt, spans = pieces[0], []
-            for content, after in zip(candidate, pieces[2::2], strict=True):
-                spans.append((len(rebuilt), len(rebuilt) + len(content)))
+            for content, before, after in zip(candidate, pieces[0::2], pieces[2::2], strict=False):
+                spans.append((len(rebuilt) - self._length_after_header(before), len(rebuilt) + len(content)))
                 rebuilt += content + after
             if rebuilt == text:
                 return [self._with_end_of_turn(text, span) for span in spans]
@@ -239,12 +253,7 @@ class ChatTemplate:
         return spans
 
     def _spans_by_headers(self, messages: list[Message], tools: list[Any] | None, answers: list[int], text: str) -> list[Span] | None:
-        try:
-            before, prompt = (self.render(messages[: answers[0]], tools, add_generation_prompt=asks) for asks in (False, True))
-        except DataError:
-            return None
-        header = prompt.removeprefix(before)
-        starts = [match.end() for match in re.finditer(re.escape(header), text)] if header and prompt != header else []
+        starts = [match.end() for match in re.finditer(re.escape(self._header), text)] if self._header else []
         if len(starts) != len(answers):
             return None
         spans = []
@@ -254,6 +263,21 @@ class ChatTemplate:
                 return None
             spans.append((start, start + stops[0]))
         return spans
+
+    @functools.cached_property
+    def _header(self) -> str:
+        """The generation prompt, where answers begin with it; else ""."""
+        user = {"role": "user", "content": "a"}
+        try:
+            before, prompt, text = self.render([user]), self.render([user], add_generation_prompt=True), self.render([user, ANSWER])
+        except DataError:
+            return ""  # a template that wants more than that
+        return prompt.removeprefix(before) if text.startswith(prompt) and prompt.startswith(before) else ""
+
+    def _length_after_header(self, text: str) -> int:
+        """How many characters follow the last generation prompt in a text; 0 where it has none."""
+        place = text.rfind(self._header) if self._header else -1
+        return len(text) - place - len(self._header) if place >= 0 else 0
 
     def _is_stop(self, token: str) -> bool:
         return self.tokenizer.id_of(token) in self.tokenizer.stop_ids
@@ -326,26 +350,32 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 def _texts_of(value: Any) -> list[str]:
-    """Every text inside a message, but for its keys."""
+    """Every text inside messages or tools, their keys among them."""
     if isinstance(value, dict):
-        return [text for item in value.values() for text in _texts_of(item)]
+        return [text for item in value.items() for part in item for text in _texts_of(part)]
     if isinstance(value, list):
         return [text for item in value for text in _texts_of(item)]
     return [value] if isinstance(value, str) else []
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """The same message with every text in it changed."""
+    """The same messages or tools with every text in them changed."""
     if isinstance(value, dict):
-        return {key: _map_texts(item, change) for key, item in value.items()}
+        return {_map_texts(key, change): _map_texts(item, change) for key, item in value.items()}
     if isinstance(value, list):
         return [_map_texts(item, change) for item in value]
     return change(value) if isinstance(value, str) else value
 
 
-def _choose_marks(messages: list[Message], count: int) -> str:
+def _name_reasoning(message: Message) -> Message:
+    """A message with what the assistant thinks under every name that templates have for it."""
+    thought = next((message[name] for name in REASONING if name in message), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
+def _choose_marks(conversation: Any, count: int) -> str:
     """Characters that do not occur in a conversation."""
-    used = set(json.dumps(messages, ensure_ascii=False, default=str))
+    used = set(json.dumps(conversation, ensure_ascii=False, default=str))
     return "".join([mark for mark in map(chr, range(FIRST_MARK, FIRST_MARK + len(used) + count)) if mark not in used][:count])
 
 

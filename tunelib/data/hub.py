@@ -16,7 +16,7 @@ from tunelib.data.readers import RawRow
 from tunelib.errors import DataError
 
 if TYPE_CHECKING:
-    import datasets  # type: ignore[import-untyped]  # has no types
+    import datasets
 
 BATCH_ROWS = 256
 
@@ -155,8 +155,9 @@ def _resolve_commit(source: Source) -> str:
     except HFValidationError as error:
         raise DataError(f'dataset.hub = "{source.hub}" is not the name of a data set: {error}') from None
     except OSError as error:
+        why = _describe(error.__cause__ or error)
         raise DataError(
-            f"{source.hub} is not in the cache and cannot be fetched ({_describe(error)}): is there a way to the Hub? HF_ENDPOINT names a mirror"
+            f"{source.hub} is not in the cache and cannot be fetched ({why}): is there a way to the Hub? HF_ENDPOINT names a mirror"
         ) from None
 
 

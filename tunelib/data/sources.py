@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING
 
 from tunelib.config.schema import Source
 from tunelib.data.hub import load_hub, read_hub
-from tunelib.data.readers import KINDS, RawRow, RawText, Row, find_lone_surrogate, has_half_escape, kind_of, read_file
+from tunelib.data.json_rows import Row, find_lone_surrogate, has_half_escape
+from tunelib.data.readers import KINDS, RawRow, RawText, kind_of, read_file
 from tunelib.errors import DataError
 from tunelib.files import read_json, replace_file
 
 if TYPE_CHECKING:
-    import datasets  # type: ignore[import-untyped]  # has no types
+    import datasets
 
 KINDS_IN_WORDS = f"{', '.join(KINDS[:-1])} and {KINDS[-1]}, each also as .gz or .zst"
 DIGEST_CHUNK_BYTES = 1 << 22
@@ -115,7 +116,7 @@ def parse_row(content: bytes | Row, where: str) -> Row:
     if not isinstance(content, bytes):
         return content
     try:
-        text = content.decode()
+        text = content.rstrip(b"\r\n").decode()
         row = json.loads(text)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: byte {error.start} of the line is not UTF-8; save the file as UTF-8") from None
@@ -124,7 +125,7 @@ def parse_row(content: bytes | Row, where: str) -> Row:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: not a JSON object: {text.strip() if len(text) <= 80 else text.strip()[:77] + '...'}")
+        raise DataError(f"{where}: not a JSON object: {text if len(text) <= 80 else text[:77] + '...'}")
     if has_half_escape(text) and (half := find_lone_surrogate(row)):
         raise DataError(f"{where}: {half} is half of a character; no tokenizer can read it")
     return row
@@ -149,7 +150,7 @@ def _find_files(path: Path) -> tuple[Path, list[Path], list[Path]]:
         raise DataError(f"{path} holds no file of a kind that is read ({KINDS_IN_WORDS}){there}")
     for file in paths:
         if (mode := _mode_of(file)) is None:
-            raise DataError(f"{file} is a link to a file that does not exist")
+            raise DataError(_missing(file))
         if not stat.S_ISREG(mode):
             raise DataError(f"{file} is a pipe, a socket or a device; data is read more than once, so save it as a file")
     return base, paths, others
@@ -229,6 +230,8 @@ def _visible_in(folder: Path) -> list[Path]:
 
 def _missing(path: Path) -> str:
     """That a file is missing, and what may have been meant."""
+    if path.is_symlink():
+        return f"{path} is a link to a file that does not exist"
     names = [other.name for other in _visible_in(path.parent)] if _is_folder(path.parent) else []
     if near := difflib.get_close_matches(path.name, names, n=1):
         return f"{path}: no such data file; did you mean {path.with_name(near[0])}?"

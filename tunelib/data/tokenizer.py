@@ -271,8 +271,10 @@ def _rename_special_tokens(stored: dict[str, Any], names: Mapping[str, str]) -> 
     if isinstance(vocab, list):  # Unigram: pieces with their scores, the place being the id
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
         return stored
-    made = {text for merge in model.get("merges", []) for text in (*merge, "".join(merge))}
-    kept = {text: vocab[text] for text in names if text in vocab and (len(text) == 1 or text in made)}
+    kept = {text: vocab[text] for text in names if text in vocab}
+    if kept:
+        made = {text for merge in model.get("merges", []) for text in (*merge, "".join(merge))}
+        kept = {text: number for text, number in kept.items() if len(text) == 1 or text in made}
     model["vocab"] = {names.get(piece, piece): number for piece, number in vocab.items()} | kept
     for token in added:
         model["vocab"].setdefault(token["content"], token["id"])

@@ -149,10 +149,13 @@ def _convert_sentencepiece(path: Path, stored: bytes, add_bos: bool, add_eos: bo
     import sentencepiece
 
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=stored)
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.load_from_serialized_proto(stored)
         model = _read_fields(stored)
         trainer, normalizer = (_read_fields(b"".join(model[field])) for field in (TRAINER_SPEC, NORMALIZER_SPEC))
         types = [_number(_read_fields(piece), PIECE_TYPE, NORMAL) for piece in model[PIECES]]
+        if not types:
+            raise ValueError("it has no pieces")
     except Exception as error:  # the library raises bare RuntimeError, a cut-off field IndexError
         raise DataError(f"{path} cannot be read, neither as a sentencepiece model nor as tiktoken's: {error}") from None
     ids = list(range(processor.get_piece_size()))

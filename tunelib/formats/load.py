@@ -1,6 +1,6 @@
 """Give a spread model its weights, from whatever they are stored in: the one call that training and every tool make."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tunelib.checkpoint.dcp_reader import SafeReader, load_tensors
 from tunelib.config import read_written
 from tunelib.config.schema import Model
 from tunelib.config.sizes import SIZES
+from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import FormatError
 from tunelib.files import MANIFEST, find_damage, read_manifest
 from tunelib.formats.hf import EMBEDDING, HEAD, ExportPlan, HfFolder, check_names, find_companions, open_hf_folder, plan_export, read_config
@@ -39,25 +40,6 @@ class Weights:
     num_stored_rows: int
     hf: HfFolder | None = None
     dcp: Path | None = None
-
-
-@dataclass(frozen=True)
-class Words:
-    """What an export carries of the tokenizer that was trained with.
-
-    Attributes:
-        folder: where its files lie.
-        files: name → content of those that are not plain copies.
-        special_ids: bos, eos and pad, for a config.json made here.
-        chat_template: the template that was trained with, where it is not the tokenizer's own.
-        stop_ids: ids that end an answer.
-    """
-
-    folder: Path | None = None
-    files: dict[str, bytes] = field(default_factory=dict)
-    special_ids: dict[str, int] = field(default_factory=dict)
-    chat_template: str | None = None
-    stop_ids: frozenset[int] = frozenset()
 
 
 def check_weights_folder(initial_load_path: str) -> None:
@@ -165,18 +147,29 @@ def _stored_shape(name: str, shape: torch.Size, weights: Weights) -> torch.Size:
     return torch.Size((weights.num_stored_rows, *shape[1:])) if name in (EMBEDDING, HEAD) else shape
 
 
-def plan_export_of(model: Decoder, weights: Weights, words: Words, dtype: torch.dtype | None) -> ExportPlan:
+def plan_export_of(
+    model: Decoder,
+    weights: Weights,
+    tokenizer: Tokenizer | None,
+    chat_template: str | None,
+    stop_ids: frozenset[int],
+    dtype: torch.dtype | None,
+) -> ExportPlan:
     """How the model's weights will leave: in the form they came in, with the tokenizer that was used.
 
     Args:
+        chat_template: the template that was trained with, where it is not the tokenizer's own.
+        stop_ids: ids that end an answer, for generation_config.json.
         dtype: the type asked for, or None for the one they came in.
     """
     parameters = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
-    config = weights.hf.config if weights.hf is not None else hf_config(weights.config) | words.special_ids
+    special_ids = tokenizer.special_ids if tokenizer else {}
+    config = weights.hf.config if weights.hf is not None else hf_config(weights.config) | special_ids
     if weights.num_stored_rows != weights.config.vocab_size:
         config = {**config, "vocab_size": weights.config.vocab_size}
-    companions = find_companions(weights.hf.folder if weights.hf else None, words.folder, config, words.chat_template, words.stop_ids)
-    return plan_export(parameters, config, weights.hf, dtype, {**companions, **words.files})
+    source, folder = weights.hf.folder if weights.hf else None, tokenizer.folder if tokenizer else None
+    companions = find_companions(source, folder, config, chat_template, stop_ids) | (tokenizer.files_to_write() if tokenizer else {})
+    return plan_export(parameters, config, weights.hf, dtype, companions)
 
 
 def _own_slices(parameter: Tensor) -> tuple[slice, ...]:
