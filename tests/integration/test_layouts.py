@@ -4,12 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOKENIZER, Run, run_processes, write_chats, write_toml
-
-from tunelib.config.schema import Dataset
-from tunelib.data.index import build_index
-from tunelib.data.packing import plan_epoch
-from tunelib.data.tokenizer import Tokenizer
+from conftest import Run, open_train_data, run_processes, write_chats, write_toml
 
 # fp32: two summation orders. float64: what is left is the law itself.
 FP32_RELATIVE, FLOAT64_RELATIVE = 1e-5, 1e-9
@@ -81,7 +76,6 @@ def test_micro_batches_do_not_change_training(runs: dict[tuple[str, int], Run]) 
 
 def test_rows_hold_uneven_numbers_of_trained_tokens(tmp_path: Path) -> None:
     """The cases above would not notice a mean of means if all rows trained as many tokens."""
-    index = build_index(write_chats(tmp_path / "chats.jsonl", 300), Dataset(), 128, Tokenizer(TOKENIZER), 1024)
-    plan = plan_epoch(index.lengths, 128, True, 0, 0)
-    trained = [int(index.num_trained[plan.row(row)].sum()) for row in range(8)]
+    data = open_train_data(write_chats(tmp_path / "chats.jsonl", 300))
+    trained = [int(data.index.num_trained[row].sum()) for _, row in data.rows_of(1)]
     assert max(trained) > 1.5 * min(trained)

@@ -158,7 +158,7 @@ def test_changed_data_or_initial_weights_stop_the_resume_by_name(train: Callable
     with pytest.raises(CheckpointError, match=r"  checkpoint\.initial_load_path: '' then"):
         train(other, "--training.steps", "4", "--checkpoint.initial_load_path", str(run.folder / "export"), folder=run.folder)
     write_chats(tmp_path / "chats.jsonl", 201)
-    with pytest.raises(CheckpointError, match="  file: "):
+    with pytest.raises(CheckpointError, match="  data: "):
         train(toml, "--training.steps", "4", folder=run.folder)
 
 
@@ -257,15 +257,16 @@ def test_ranks_that_read_other_data_are_told_so(tmp_path: Path, toml: Path) -> N
     program = (
         "import os, sys; sys.path.insert(0, {root!r}); import train\n"
         "from tunelib.parallel.runtime import leave, run_main\n"
-        "build = train.build_index\n"
-        "if os.environ['RANK'] == '1': train.build_index = lambda path, *words: build(path.with_name('other.jsonl'), *words)\n"
+        "import dataclasses\n"
+        "find, other = train.find_words, {other!r}\n"
+        "if os.environ['RANK'] == '1': train.find_words = lambda section, *rest: find(dataclasses.replace(section, path=other), *rest)\n"
         "leave(run_main(train.main, sys.argv[1:]))"
     )
     words = [str(toml), "--training.steps", "2", "--job.dump_folder", str(tmp_path / "run")]
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", program.format(root=str(ROOT)), *words],
+            [sys.executable, "-c", program.format(root=str(ROOT), other=str(tmp_path / "other.jsonl")), *words],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -280,7 +281,7 @@ def test_ranks_that_read_other_data_are_told_so(tmp_path: Path, toml: Path) -> N
             worker.kill()
             worker.wait()
     assert [worker.returncode for worker in workers] == [2, 2]
-    assert "file" in said[0]
+    assert "data" in said[0]
     assert "differ; give every machine the same files" in said[0]
     assert "Traceback" not in said[0] + said[1]
 

@@ -9,7 +9,10 @@ import torch
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
-from tunelib.data.index import Index
+from tunelib.config.schema import Columns
+from tunelib.data.build import Facts
+from tunelib.data.index import FoundSource, Index, IndexedSource
+from tunelib.data.sources import OpenedSource
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder, build_on_meta, draw_weight
@@ -47,17 +50,21 @@ def make_index(lengths: list[int], trained: list[list[bool]] | None = None) -> I
         trained: for each document, which of its labels (as many as positions) are trained; all where left out.
     """
     flags = trained if trained is not None else [[True] * length for length in lengths]
-    starts = np.cumsum([0, *(length + 1 for length in lengths)])[:-1]
+    documents = [1000 * number + np.arange(length + 1, dtype=np.int32) for number, length in enumerate(lengths)]
+    marked = [np.where([True, *of_document], document, ~document) for document, of_document in zip(documents, flags, strict=True)]
+    opened = OpenedSource("made here", ("made here",), digest="made here", size_bytes=0, notes=())
+    found = FoundSource(opened, "text", "", Columns())
+    fingerprint = {"data": "made here", "dataset.too_long": "split", "training.seq_len": max(lengths)}
+    source = IndexedSource(found, np.concatenate(marked), Facts("text"), fingerprint)
     return Index(
-        tokens=np.concatenate([1000 * number + np.arange(length + 1) for number, length in enumerate(lengths)]).astype(np.int32),
-        trained=np.concatenate([[True, *of_document] for of_document in flags]).astype(bool),
-        starts=starts.astype(np.int64),
+        (source,),
+        source=np.zeros(len(lengths), dtype=np.int16),
+        starts=np.cumsum([0, *(length + 1 for length in lengths)])[:-1].astype(np.int64),
         lengths=np.array(lengths, dtype=np.int64),
         num_trained=np.array([sum(of_document) for of_document in flags], dtype=np.int64),
+        files=np.zeros(len(lengths), dtype=np.int64),
         lines=np.arange(1, len(lengths) + 1),
-        format="text",
-        fingerprint={"file": "made here"},
-        notes=(),
+        digests=np.array([hash(document.tobytes()) for document in documents], dtype=np.int64),
     )
 
 

@@ -67,6 +67,9 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names that data and templates have for what an assistant thinks; as transformers does it, templates get it under the first two."""
 Span = tuple[int, int]
 Message = dict[str, Any]
+# The smallest conversation: how a template writes it shows how it writes any.
+QUESTION: Message = {"role": "user", "content": "a"}
+ANSWER: Message = {"role": "assistant", "content": "b"}
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,7 @@ class ChatTemplate:
 
     def find_missing_tokens(self) -> list[str]:
         """Special tokens that the template writes around a conversation, but that the tokenizer would read as plain text."""
-        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        for messages in ([{"role": "system", "content": "s"}, user, answer], [user, answer]):
+        for messages in ([{"role": "system", "content": "s"}, QUESTION, ANSWER], [QUESTION, ANSWER]):
             try:
                 text = self.render(messages) + self.render(messages[:-1], add_generation_prompt=True)
             except DataError:
@@ -157,7 +159,7 @@ class ChatTemplate:
     def end_ids(self) -> frozenset[int]:
         """The special tokens that an answer ends with; none where the template ends it with plain text."""
         try:
-            encoded = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+            encoded = self.encode([QUESTION, ANSWER])
         except DataError:
             return frozenset()  # a template that wants more than that
         spoken = [token for tokens in encoded.spoken.values() for token, own in zip(encoded.ids, tokens, strict=True) if own]
@@ -231,7 +233,7 @@ class ChatTemplate:
         contents = [messages[index]["content"] for index in answers]
         for candidate in (contents, [content.strip() for content in contents]):
             rebuilt, spans = pieces[0], []
-            for content, before, after in zip(candidate, pieces[0::2], pieces[2::2], strict=False):
+            for content, before, after in zip(candidate, pieces[:-1:2], pieces[2::2], strict=True):
                 spans.append((len(rebuilt) - self._length_after_header(before), len(rebuilt) + len(content)))
                 rebuilt += content + after
             if rebuilt == text:
@@ -258,7 +260,8 @@ class ChatTemplate:
             return None
         spans = []
         for start, limit in zip(starts, [*starts[1:], len(text)], strict=True):
-            stops = [end for begin, end in self.tokenizer.find_special(text[start:limit]) if self._is_stop(text[start:limit][begin:end])]
+            answer = text[start:limit]
+            stops = [end for begin, end in self.tokenizer.find_special(answer) if answer[begin:end] in self._stops]
             if not stops:
                 return None
             spans.append((start, start + stops[0]))
@@ -267,9 +270,9 @@ class ChatTemplate:
     @functools.cached_property
     def _header(self) -> str:
         """The generation prompt, where answers begin with it; else ""."""
-        user = {"role": "user", "content": "a"}
         try:
-            before, prompt, text = self.render([user]), self.render([user], add_generation_prompt=True), self.render([user, ANSWER])
+            before, prompt = (self.render([QUESTION], add_generation_prompt=asks) for asks in (False, True))
+            text = self.render([QUESTION, ANSWER])
         except DataError:
             return ""  # a template that wants more than that
         return prompt.removeprefix(before) if text.startswith(prompt) and prompt.startswith(before) else ""
@@ -279,8 +282,17 @@ class ChatTemplate:
         place = text.rfind(self._header) if self._header else -1
         return len(text) - place - len(self._header) if place >= 0 else 0
 
-    def _is_stop(self, token: str) -> bool:
-        return self.tokenizer.id_of(token) in self.tokenizer.stop_ids
+    @functools.cached_property
+    def _stops(self) -> frozenset[str]:
+        """Special tokens that end an answer: the tokenizer's, and the one that the template puts after a plain answer."""
+        stops = {token for token in self.tokenizer.special_texts if self.tokenizer.id_of(token) in self.tokenizer.stop_ids}
+        try:
+            text = self.render([QUESTION, ANSWER])
+        except DataError:
+            return frozenset(stops)  # a template that wants more than that
+        for start, end in self._spans_by_markers([QUESTION, ANSWER], None, [1], text) or []:
+            stops |= {text[start:end][first:last] for first, last in self.tokenizer.find_special(text[start:end])}
+        return frozenset(stops)
 
     def _with_end_of_turn(self, text: str, span: Span) -> Span:
         """The span, up to the end of the special token that follows it directly or after white space; bos begins the next turn."""

@@ -7,13 +7,12 @@ A document is one int32 array: the id t where the token is trained, ~t (which is
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tunelib.config.schema import Columns
-from tunelib.data.chat import ChatTemplate
-from tunelib.data.shapes import Row, read_continuation, read_conversation, read_text, read_tokens
+from tunelib.data.chat import ChatTemplate, EncodedChat
+from tunelib.data.shapes import Conversation, Row, read_continuation, read_conversation, read_text, read_tokens
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError
 
@@ -120,8 +119,6 @@ class Encoder:
         encoded = self.tokenizer.encode(before + text + after, add_special_tokens=False, special=special)
         offsets = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2) - len(before)
         own = (offsets[:, 0] >= 0) & (offsets[:, 0] < len(text))
-        if not before:
-            own |= offsets[:, 0] < 0
         ids, starts = np.array(encoded.ids, dtype=np.int64)[own], offsets[own, 0]
         breaks = np.array([place for place, character in enumerate(text) if character == "\n"], dtype=np.int64)
         lines = line + np.searchsorted(breaks, starts)
@@ -131,12 +128,12 @@ class Encoder:
 
     def _encode_conversation(self, row: Row, template: ChatTemplate, where: str) -> tuple[list[int], np.ndarray, int]:
         conversation = read_conversation(row, self.reading.format, self.reading.columns, where)
-        parse, messages, flags = self.reading.parse_special_tokens, conversation.messages, conversation.flags
+        parse = self.reading.parse_special_tokens
         try:
-            encoded = template.encode(messages, conversation.tools, parse_special_tokens=parse)
+            encoded = template.encode(conversation.messages, conversation.tools, parse_special_tokens=parse)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        trained = self._choose_trained(messages, flags, encoded.spoken, len(encoded.ids), where)
+        trained = self._choose_trained(conversation, encoded, where)
         remarks = SPECIAL_TEXT if encoded.has_special_text else 0
         if trained.any() and self._end_ids.isdisjoint(np.array(encoded.ids)[trained].tolist()):
             remarks |= NO_STOP
@@ -144,30 +141,31 @@ class Encoder:
             remarks |= ALL_TRAINED
         return encoded.ids, trained, remarks
 
-    def _choose_trained(
-        self, messages: Sequence[dict[str, Any]], flags: Sequence[bool | None], spoken: dict[int, np.ndarray], num_tokens: int, where: str
-    ) -> np.ndarray:
+    def _choose_trained(self, conversation: Conversation, encoded: EncodedChat, where: str) -> np.ndarray:
         """Which tokens are trained, as dataset.train_on and the messages' own flags say."""
-        train_on = self.reading.train_on
+        train_on, num_prompt = self.reading.train_on, conversation.num_prompt
         everything = train_on == "all"
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        wanted = {index: train_on != "last" or index == answers[-1] for index in answers}
-        for index, flag in enumerate(flags):
+        answers = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        wanted = {index: everything or (index >= num_prompt and (train_on != "last" or index == answers[-1])) for index in answers}
+        for index, flag in enumerate(conversation.flags):
             if index in wanted:
                 wanted[index] = wanted[index] if flag is None else flag
             elif everything and flag is False:
                 raise DataError(f'{where}: message {index} is flagged not to be trained, which dataset.train_on = "all" can do for answers only')
-        trained = np.full(num_tokens, everything)
-        if -1 in spoken:
+        trained = np.full(len(encoded.ids), everything)
+        if -1 in encoded.spoken:
             if len(set(wanted.values())) > 1:
                 raise DataError(f"{where}: the chat template's generation tags do not mark each answer by itself, so none can be left out")
-            return np.full(num_tokens, all(wanted.values())) & (spoken[-1] | everything)
-        for index, tokens in spoken.items():
+            return trained | encoded.spoken[-1] if all(wanted.values()) else trained & ~encoded.spoken[-1]
+        for index, tokens in encoded.spoken.items():
             trained = trained | tokens if wanted[index] else trained & ~tokens
         return trained
 
     def _mark(self, ids: Sequence[int], trained: np.ndarray, where: str) -> np.ndarray:
-        found = np.array(ids, dtype=np.int64)
+        try:
+            found = np.array(ids, dtype=np.int64)
+        except OverflowError:
+            raise DataError(f"{where}: {max(ids, key=abs)} is no token id; no vocabulary is that large") from None
         self._check_vocabulary(found, where)
         return np.where(trained, found, ~found).astype(np.int32)
 

@@ -28,26 +28,17 @@ def read_json(chunks: Iterator[str], path: Path, columns: frozenset[str]) -> Ite
         columns: names that a row may have; a lone object with none of them that holds a list of objects is no row.
     """
     scanner = _Scanner(chunks, path)
-    if scanner.peek() == "[":
+    after = scanner.peek()
+    if after == "[":
         yield from _read_array(scanner)
-        return
-    count = 0
-    wrapped = None
-    while scanner.peek():
-        row = scanner.take_object()
-        count += 1
-        if count == 1:
-            wrapped = row if _wraps_list(row[1], columns) else None
-            if wrapped:
-                continue
-        elif wrapped:
-            yield wrapped
-            wrapped = None
-        yield row
-    if wrapped:
-        line, content = wrapped
-        key = next(key for key, value in content.items() if _is_list_of_objects(value))
-        raise DataError(f"{path}:{line}: one object whose {key!r} is a list of objects; save the list itself, or its objects one a line")
+    elif after:
+        line, row = scanner.take_object()
+        lists = [key for key, value in row.items() if _is_list_of_objects(value)]
+        if not scanner.peek() and lists and columns.isdisjoint(row):
+            raise DataError(f"{path}:{line}: one object whose {lists[0]!r} is a list of objects; save the list itself, or its objects one a line")
+        yield line, row
+        while scanner.peek():
+            yield scanner.take_object()
 
 
 def _read_array(scanner: "_Scanner") -> Iterator[tuple[int, Row]]:
@@ -64,10 +55,6 @@ def _read_array(scanner: "_Scanner") -> Iterator[tuple[int, Row]]:
     scanner.skip()
     if scanner.peek():
         raise scanner.problem("the file goes on after the end of its list")
-
-
-def _wraps_list(row: Row, columns: frozenset[str]) -> bool:
-    return columns.isdisjoint(row) and any(_is_list_of_objects(value) for value in row.values())
 
 
 def _is_list_of_objects(value: Any) -> bool:

@@ -43,11 +43,13 @@ class Conversation:
     Attributes:
         flags: for each message whether it is trained, None where the data leave it to dataset.train_on.
         tools: what the template is to describe, None where there is nothing.
+        num_prompt: how many messages come before what is to be learnt: answers among them are trained only where that is asked for.
     """
 
     messages: list[Message]
     flags: list[bool | None]
     tools: list[Any] | None = None
+    num_prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ def detect_format(row: Row, columns: Columns, where: str) -> tuple[str, str]:
 
 def read_conversation(row: Row, format: str, columns: Columns, where: str) -> Conversation:
     """The conversation of a row of a format that has one; raises DataError."""
-    tools = _read_tools(row.get(columns.tools), where) if format != "instruct" else None
+    tools = _read_tools(row.get(columns.tools), columns.tools, where) if format != "instruct" else None
     flags: list[bool | None]
+    num_prompt = 0
     if format == "chat":
         messages, flags = _read_messages(row, _columns_of(format, row, columns)[0], where)
     elif format == "instruct":
@@ -90,11 +93,14 @@ def read_conversation(row: Row, format: str, columns: Columns, where: str) -> Co
     else:
         prompts, prompt_flags = _read_messages(row, columns.prompt, where)
         answers, answer_flags = _read_messages(row, columns.completion, where)
-        messages, flags = prompts + answers, [*(flag or False for flag in prompt_flags), *answer_flags]
-    if row.get(columns.system):
-        messages, flags = [{"role": "system", "content": _text_in(row, columns.system, where)}, *messages], [None, *flags]
+        messages, flags, num_prompt = prompts + answers, prompt_flags + answer_flags, len(prompts)
     _check_order(messages, where)
-    return Conversation(messages, flags, tools)
+    if row.get(columns.system):
+        if messages[0]["role"] == "system":
+            raise DataError(f"{where}: there are both a column {columns.system!r} and a system message; leave one of them out")
+        messages, flags = [{"role": "system", "content": _text_in(row, columns.system, where)}, *messages], [None, *flags]
+        num_prompt += num_prompt > 0
+    return Conversation(messages, flags, tools, num_prompt)
 
 
 def read_continuation(row: Row, columns: Columns, where: str) -> Continuation:
@@ -206,13 +212,13 @@ def _check_order(messages: list[Message], where: str) -> None:
         raise DataError(f"{where}: no message is the assistant's")
 
 
-def _read_tools(value: Any, where: str) -> list[Any] | None:
-    if isinstance(value, str) and value.strip():
-        value = _parse_json(value, "tools", where)
+def _read_tools(value: Any, column: str, where: str) -> list[Any] | None:
+    if isinstance(value, str):
+        value = _parse_json(value, column, where) if value.strip() else None
     if not value:
         return None
-    if not isinstance(value, list):
-        raise DataError(f"{where}: the tools are not a list: {_shorten(value)}")
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise DataError(f"{where}: column {column!r} is not a list of tools, which are objects: {_shorten(value)}")
     return value
 
 

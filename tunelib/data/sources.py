@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import datasets
 
 KINDS_IN_WORDS = f"{', '.join(KINDS[:-1])} and {KINDS[-1]}, each also as .gz or .zst"
+CARDS = ("README.md", "LICENSE.md", "LICENSE.txt")
+"""Files of a folder that tell of the data and are none of it, unless they are named."""
 DIGEST_CHUNK_BYTES = 1 << 22
 MEMO_MIN_BYTES = 1 << 20
 """A smaller file is digested sooner than a memo of its digest is read."""
@@ -137,7 +139,7 @@ def _find_files(path: Path) -> tuple[Path, list[Path], list[Path]]:
     if (mode := _mode_of(path)) is None:
         base, found = _match_pattern(path)
     elif stat.S_ISDIR(mode):
-        base, found = path, list(_files_below(path))
+        base, found = path, [file for file in _files_below(path) if file.name not in CARDS]
     elif kind_of(path.name):
         base, found = path, [path]
     else:

@@ -57,7 +57,7 @@ class Tokenizer:
         self._file = _find_file(folder)
         self._settings = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
         converted = self._convert() if self._file.suffix == ".model" else None
-        self._tokenizer = _load(self._file, json.dumps(converted.content).encode() if converted else self._file.read_bytes())
+        self._tokenizer = _load(self._file, json.dumps(converted.content).encode() if converted else None)
         self._add_tokens()
         if converted:
             _check_companion_tokens(folder, self._settings, self.id_of)
@@ -164,8 +164,10 @@ class Tokenizer:
         return convert_tokenizer_model(self._file, add_bos=add_bos, add_eos=add_eos)
 
     def _add_tokens(self) -> None:
-        for text in self.added:
-            expected, known = self.vocab_size, self.id_of(text)
+        if not self.added:
+            return
+        for expected, text in enumerate(self.added, start=self.vocab_size):
+            known = self.id_of(text)
             if known is not None or not text:
                 raise DataError(f"{text!r} cannot be added as a token to {self._file}: it is {'empty' if not text else f'there already, id {known}'}")
             self._tokenizer.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True)])
@@ -299,13 +301,14 @@ def _find_file(folder: Path) -> Path:
     raise DataError(f"{folder} has no tokenizer.json and no tokenizer.model; name a folder that has one with model.tokenizer_path")
 
 
-def _load(file: Path, content: bytes) -> tokenizers.Tokenizer:
-    """The library's tokenizer from the content of a tokenizer.json, without padding and truncation.
+def _load(file: Path, content: bytes | None = None) -> tokenizers.Tokenizer:
+    """The library's tokenizer from a tokenizer.json, or from ``content`` that was made of a file, without padding and truncation.
 
     Offsets include white space (trim_offsets = false): those of tokens that are only white space would else be empty. The setting
     is written by hand because parsing the whole file here would take as long as the library takes.
     """
     try:
+        content = file.read_bytes() if content is None else content
         tokenizer = tokenizers.Tokenizer.from_buffer(re.sub(rb'("trim_offsets"\s*:\s*)true\b', rb"\1false", content))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{file} cannot be read: {error}") from None

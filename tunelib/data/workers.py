@@ -26,7 +26,8 @@ from tunelib.data.sources import parse_row
 from tunelib.errors import DataError
 
 TASKS_PER_WORKER = 3
-PROGRAM = "from tunelib.data.workers import main; main()"
+# Not from the current folder, which Python searches first with -c: a file or folder of the user's may have a library's name.
+PROGRAM = "import sys; sys.path = [folder for folder in sys.path if folder]; from tunelib.data.workers import main; main()"
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,16 @@ def work(encoder: Encoder, task: Rows | Part) -> Documents | PartTokens:
 
 
 def work_on_all(reading: Reading, tasks: Iterable[Rows | Part], num_workers: int) -> Iterator[Documents | PartTokens]:
-    """The answers to all tasks, in their order; with one worker, by this process.
+    """The answers to all tasks, in their order; with one worker, by this process. To be closed, which ends the processes.
 
     Raises:
-        DataError: of the first task that has one.
+        DataError: of the first task that has one, or a process was killed.
     """
     if num_workers <= 1:
         encoder = Encoder(reading)
         yield from (work(encoder, task) for task in tasks)
         return
-    workers = [Worker(reading) for _ in range(num_workers)]
     idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-    for worker in workers:
-        idle.put(worker)
 
     def ask(task: Rows | Part) -> Documents | PartTokens:
         worker = idle.get()
@@ -105,22 +103,21 @@ def work_on_all(reading: Reading, tasks: Iterable[Rows | Part], num_workers: int
         finally:
             idle.put(worker)
 
-    try:
-        with ThreadPoolExecutor(num_workers) as threads:
-            waiting: deque[Future[Documents | PartTokens]] = deque()
-            try:
-                for task in tasks:
-                    waiting.append(threads.submit(ask, task))
-                    if len(waiting) >= num_workers * TASKS_PER_WORKER:
-                        yield waiting.popleft().result()
-                while waiting:
+    with contextlib.ExitStack() as closing:
+        for _ in range(num_workers):
+            idle.put(closing.enter_context(contextlib.closing(Worker(reading))))
+        threads = closing.enter_context(ThreadPoolExecutor(num_workers))
+        waiting: deque[Future[Documents | PartTokens]] = deque()
+        try:
+            for task in tasks:
+                waiting.append(threads.submit(ask, task))
+                if len(waiting) >= num_workers * TASKS_PER_WORKER:
                     yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
-    finally:
-        for worker in workers:
-            worker.close()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 class Worker:
@@ -132,15 +129,18 @@ class Worker:
         # The processes are the parallelism: the tokenizer's own threads would get in each other's way.
         environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        self._send(reading)
+        self._first: Reading | None = reading
 
     def ask(self, task: Rows | Part) -> Documents | PartTokens:
-        """The answer to a task; raises DataError as the worker did."""
+        """The answer to a task; raises DataError as the worker did, or because it was killed."""
+        if self._first is not None:
+            self._send(self._first)
+            self._first = None
         self._send(task)
         assert self._process.stdout is not None
         try:
             answer = pickle.load(self._process.stdout)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # it ended before its answer, or within
             raise self._death() from None
         if isinstance(answer, DataError):
             raise answer
@@ -165,25 +165,33 @@ class Worker:
 
     def _death(self) -> Exception:
         code = self._process.wait()
-        cause = "the machine is short of memory?" if code == -signal.SIGKILL else "its error stands above"
-        return RuntimeError(f"a process that tokenises data ended with code {code}: {cause}")
+        if code >= 0:
+            return RuntimeError(f"a process that tokenises data ended with code {code}: its error stands above")
+        name = signal.Signals(-code).name
+        return DataError(f"a process that tokenises data was killed ({name}): where the machine ran out of memory, free some and start again")
 
 
 def main() -> None:
-    """Answer tasks until the input ends."""
+    """Answer tasks until the input ends, which it does when the process that asks is gone, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the one that asks decides
     source, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what a library prints must not stand among the answers
-    encoder = Encoder(pickle.load(source))
+    encoder: Encoder | None = None
     while True:
         try:
-            task = pickle.load(source)
-        except EOFError:
+            asked = pickle.load(source)
+        except (EOFError, pickle.UnpicklingError):
             return
         answer: Documents | PartTokens | DataError
         try:
-            answer = work(encoder, task)
+            if encoder is None:
+                encoder = Encoder(asked)
+                continue
+            answer = work(encoder, asked)
         except DataError as error:
             answer = error
-        pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+        try:
+            pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(0)  # the interpreter's own end would try to write the rest, and complain

@@ -267,7 +267,7 @@ def test_small_models_of_all_settings_give_sentencepieces_ids_or_are_refused(tmp
         scores = [score for _, score, type in pieces if type == NORMAL]
         outcomes["equal with ties" if len(set(scores)) < len(scores) else "equal"] += 1
     assert outcomes.keys() == {"equal", "equal with ties", "refused"}
-    assert min(outcomes.values()) > 50, outcomes
+    assert min(outcomes.values()) > 30, outcomes
 
 
 def draw_model(chance: random.Random) -> tuple[Pieces, dict[str, Any]]:

@@ -195,12 +195,13 @@ def export(
     dtype: torch.dtype | None = None,
     tokenizer_folder: Path | None = None,
     chat_template: str | None = None,
+    stop_ids: frozenset[int] = frozenset(),
     **changes: Any,
 ) -> dict[str, torch.Tensor]:
     """Export a drawn model as the run would that started from ``source``; returns its parameters."""
     model = tiny_model(torch.float32, **changes)
-    weights = Weights(tiny_config(**changes), "", hf=open_hf_folder(source) if source else None)
-    plan = plan_export_of(model, weights, tokenizer_folder, {"bos_token_id": 0, "eos_token_id": 1}, chat_template, dtype)
+    weights = Weights(model.config, "", model.config.vocab_size, hf=open_hf_folder(source) if source else None)
+    plan = plan_export_of(model, weights, Tokenizer(tokenizer_folder) if tokenizer_folder else None, chat_template, stop_ids, dtype)
     export_hf(plan, model_tensors(model), target, is_main=True)
     return model_tensors(model)
 
@@ -229,7 +230,7 @@ def test_export_of_untouched_weights_is_the_folder_that_came_in(tmp_path: Path, 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.read(name))
-    plan = plan_export_of(model, Weights(model.config, "", hf=source), None, {}, None, None)
+    plan = plan_export_of(model, Weights(model.config, "", model.config.vocab_size, hf=source), None, None, frozenset(), None)
     export_hf(plan, model_tensors(model), tmp_path / "out", is_main=True)
     for path in (tmp_path / "in").glob("*.safetensors"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()

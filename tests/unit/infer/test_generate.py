@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from unit.samples import DEBUG_TOKENIZER, TINY_FIELDS, tiny_model
 
-from tunelib.data.chat import ChatTemplate
+from tunelib.data.chat import find_template
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError
 from tunelib.infer.generate import answer_prompts, encode_prompts, generate_greedy
@@ -39,11 +39,11 @@ def test_generation_leaves_no_gradient_behind() -> None:
 @pytest.mark.parametrize("chat", [True, False])
 def test_prompts_are_answered_in_order(chat: bool) -> None:
     tokenizer = Tokenizer(DEBUG_TOKENIZER)
-    template = ChatTemplate(tokenizer) if chat else None
+    template = find_template(tokenizer, "") if chat else None
     model = tiny_model(vocab_size=640)
     prompts = encode_prompts(["Who?", "Where?"], tokenizer, template)
-    together = answer_prompts(model, prompts, tokenizer, 4, CPU)
-    assert together == [answer_prompts(model, [prompt], tokenizer, 4, CPU)[0] for prompt in prompts]
+    together = answer_prompts(model, prompts, tokenizer, tokenizer.stop_ids, 4, CPU)
+    assert together == [answer_prompts(model, [prompt], tokenizer, tokenizer.stop_ids, 4, CPU)[0] for prompt in prompts]
 
 
 def test_prompt_that_is_no_token_is_refused() -> None:

@@ -11,9 +11,9 @@ from tunelib.observe.report import Summary, unigram_entropy
 
 def test_unigram_entropy_is_that_of_the_trained_labels() -> None:
     index = make_index([4, 4], trained=[[True, True, False, True], [True, False, False, False]])
-    index.tokens[:] = [9, 1, 1, 7, 2, 9, 2, 8, 8, 8]  # trained labels: 1, 1, 2, and 2
+    index.sources[0].marked[:] = [9, 1, 1, ~7, 2, 9, 2, ~8, ~8, ~8]  # trained labels: 1, 1, 2, and 2
     assert unigram_entropy(index) == pytest.approx(math.log(2))
-    index.tokens[:] = 3
+    index.sources[0].marked[:] = 3
     assert unigram_entropy(index) == 0
 
 
