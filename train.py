@@ -23,7 +23,8 @@ from tunelib.checkpoint.manager import CheckpointManager, check_identity
 from tunelib.checkpoint.state import RunState, model_tensors, optimizer_tensors, restore_rng, rng_tensors, tensors_to_load
 from tunelib.config import Config, check_own_config, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
-from tunelib.data.prepare import build_documents, find_words
+from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words
+from tunelib.data.stream import StreamData
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import Stopped, TunelibError
 from tunelib.files import replace_file
@@ -41,12 +42,12 @@ from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.observe.console import Console
 from tunelib.observe.memory import peak_memory_gib
 from tunelib.observe.metrics import METRICS_FILE, SAMPLES_FILE, RowWriter
-from tunelib.observe.report import Summary, opening_lines
+from tunelib.observe.report import Summary, describe_documents, opening_lines
 from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.mesh import build_layout
-from tunelib.parallel.reduce import agreed, any_rank, check_finite, check_same, clip_gradients, sum_over_ranks
+from tunelib.parallel.reduce import agreed, any_rank, check_finite, check_same, clip_gradients, gather_objects, sum_counts, sum_over_ranks
 from tunelib.parallel.runtime import DTYPES, Runtime, StopSignal, hold_folder, leave, run_main, start, step_timeout
 from tunelib.schedule import lr_factor
 
@@ -81,24 +82,20 @@ def main(argv: list[str]) -> None:
             check_weights(model, weights)
 
             # Data: every document's tokens, and the order, but no batch yet.
-            train_data = held_out = index = None
+            train_data = held_out = None
+            data_lines: list[str] = []
             prompts: list[list[int]] = []
             if not config.checkpoint.create_seed_checkpoint:
                 assert words is not None, "checked in config/check.py"
-                seq_len, packing, section = config.training.seq_len, config.dataset.packing, config.validation
-                index, held_out_index = build_documents(
-                    words,
-                    config.dataset,
-                    seq_len,
-                    weights.config.vocab_size,
-                    held_out_path=section.path,
-                    held_out_split=section.split,
-                    held_out_fraction=section.fraction,
-                    say=console.say,
-                )
-                seed, global_batch_size, last_batch = config.training.seed, config.training.global_batch_size, config.dataset.last_batch
-                train_data = TrainData(index, seq_len, packing, seed, global_batch_size, share, last_batch)
-                held_out = HeldOutData(held_out_index, seq_len, packing, share) if held_out_index is not None else None
+                training, section, rows_of_model = config.training, config.validation, weights.config.vocab_size
+                held_out_where = HeldOut(section.path, section.split, section.fraction)
+                index, held_out_index = build_documents(words, config.dataset, training.seq_len, rows_of_model, held_out_where, console.say)
+                batches = Batches(training.seq_len, training.global_batch_size, training.seed, share)
+                train_data = build_train_data(words, config.dataset, index, rows_of_model, batches, sum_counts)
+                data_lines = [describe_documents(index), *index.notes] if index else []
+                data_lines += train_data.notes
+                if held_out_index is not None:
+                    held_out = HeldOutData(held_out_index, training.seq_len, config.dataset.packing, share)
                 prompts = encode_prompts(section.prompts, words.tokenizer, words.template)
 
             # How the weights will leave: in the form they came in, with the words that were trained on.
@@ -109,7 +106,7 @@ def main(argv: list[str]) -> None:
         # Memory of the run: what to go on from, if nothing that decides the run has changed since.
         checkpoint_folder = folder / config.checkpoint.folder
         manager = CheckpointManager(config.checkpoint, checkpoint_folder, runtime.is_main, resolved_toml(loaded), json.dumps(export.config, indent=2))
-        num_steps = config.training.steps or (train_data.steps_in_epochs(config.training.epochs or 1) if train_data else 0)
+        num_steps = config.training.steps or (train_data.steps_in_epochs(config.training.epochs or 1) if isinstance(train_data, TrainData) else 0)
         decision = manager.decide(num_steps)
         console.say(decision.sentence)
         origin, identity = describe_identity(config, export.config, train_data)
@@ -134,7 +131,6 @@ def main(argv: list[str]) -> None:
             console.say(f"seed checkpoint written to {saved}; start from it with the same command without create_seed_checkpoint, on any layout")
             return
         assert train_data is not None  # it is left out for a seed only
-        assert index is not None
         assert words is not None
 
         # Optimizer; the schedule is a function of the step.
@@ -148,6 +144,8 @@ def main(argv: list[str]) -> None:
             manager.load(tensors, decision)
             if same_layout:
                 restore_rng(tensors, runtime.rank, runtime.device)
+            if isinstance(train_data, StreamData) and decision.state.streams is not None:
+                train_data.restore(decision.state.streams[layout.data_rank])
         if step >= num_steps:
             console.say(f"this run is finished at step {step}; extend it with more --training.steps or --training.epochs (now {num_steps} steps)")
 
@@ -159,7 +157,7 @@ def main(argv: list[str]) -> None:
             metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
             samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
         origin_of_weights = weights.sentence if decision.kind == "fresh" else "weights from the checkpoint"
-        for line in opening_lines(config, runtime, layout, model, index, train_data.notes, num_steps, origin_of_weights):
+        for line in opening_lines(config, runtime, layout, model, data_lines, num_steps, origin_of_weights):
             console.say(line)
         summary = Summary()
 
@@ -178,7 +176,8 @@ def main(argv: list[str]) -> None:
 
         def save() -> Path | None:
             tensors = model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device)
-            return manager.save(tensors, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity))
+            streams = gather_objects(train_data.state()) if isinstance(train_data, StreamData) else None
+            return manager.save(tensors, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity, streams))
 
         if step == 0:
             validate()
@@ -266,7 +265,7 @@ def evaluate(model: Decoder, data: HeldOutData, runtime: Runtime) -> float:
     return sum_over_ranks(total).item() / data.num_trained
 
 
-def describe_identity(config: Config, model: dict[str, Any], train_data: TrainData | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def describe_identity(config: Config, model: dict[str, Any], train_data: TrainData | StreamData | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What must be the same for a run to go on, and the part of it that a seed checkpoint must share: name → value or digest."""
     path = config.checkpoint.initial_load_path
     origin = {

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tunelib.config.schema import Dataset
 from tunelib.data.loader import Share, TrainData
-from tunelib.data.prepare import build_documents, find_words
+from tunelib.data.prepare import HeldOut, build_documents, find_words
 
 DEBUG_TOKENIZER = Path(__file__).parents[1] / "train_configs/assets/debug/tokenizer"
 SEQ_LEN, ROWS, STEPS = 2048, 8, 200
@@ -51,7 +51,8 @@ def measure(data: str, cache: str, tokenizer: str, num_workers: int | None) -> d
     section = Dataset(path=data, cache_folder=cache)
     begun = time.monotonic()
     words = find_words(section, Path(tokenizer), resize_embeddings=False)
-    index, _ = build_documents(words, section, SEQ_LEN, words.tokenizer.vocab_size, num_workers=num_workers)
+    index, _ = build_documents(words, section, SEQ_LEN, words.tokenizer.vocab_size, HeldOut(), num_workers=num_workers)
+    assert index is not None
     seconds, tokens = time.monotonic() - begun, float(index.lengths.sum())
     if num_workers is None:
         train_data = TrainData(index, SEQ_LEN, True, 0, ROWS, Share(0, 1, ROWS))

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tunelib.config import load_or_exit, resolve_local_batch_size
 from tunelib.data.loader import Share, TrainData
-from tunelib.data.prepare import build_documents, find_words
+from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words
 from tunelib.data.preview import COLOURED, PLAIN, describe_documents, show_rendering, show_row
 from tunelib.errors import ConfigError, TunelibError
 from tunelib.formats.load import find_tokenizer_folder, find_weights
@@ -37,10 +37,12 @@ def main(argv: list[str]) -> None:
     assert folder is not None, "checked in config/check.py"
     words = find_words(section, folder, config.model.resize_embeddings)
     weights = find_weights(config.model, config.checkpoint.initial_load_path, words.tokenizer.vocab_size, training.seq_len)
-    fraction = held_out.fraction if held_out.enable else None
-    index, _ = build_documents(words, section, training.seq_len, weights.config.vocab_size, held_out_fraction=fraction, say=print)
-    share = Share(0, 1, resolve_local_batch_size(training, 1))
-    data = TrainData(index, training.seq_len, section.packing, training.seed, training.global_batch_size, share, section.last_batch)
+    vocab_size, held_out_where = weights.config.vocab_size, HeldOut(held_out.path, held_out.split, held_out.fraction)
+    index, _ = build_documents(words, section, training.seq_len, vocab_size, held_out_where, say=print)
+    batches = Batches(training.seq_len, training.global_batch_size, training.seed, Share(0, 1, resolve_local_batch_size(training, 1)))
+    data = build_train_data(words, section, index, vocab_size, batches)
+    assert index is not None
+    assert isinstance(data, TrainData)
     marks = COLOURED if sys.stdout.isatty() else PLAIN
     rows = data.rows_of(own.step or 1)
     if own.step is None:

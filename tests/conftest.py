@@ -57,13 +57,14 @@ lr = 1e-2  # large: a difference must show
 def open_train_data(path: Path, seq_len: int = 128, global_batch_size: int = 8) -> Any:
     """The training rows of a file, with the shipped tokenizer, as one process takes them."""
     from tunelib.config.schema import Dataset
-    from tunelib.data.loader import Share, TrainData
-    from tunelib.data.prepare import build_documents, find_words
+    from tunelib.data.loader import Share
+    from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words
 
     section = Dataset(path=str(path))
     words = find_words(section, TOKENIZER, resize_embeddings=False)
-    index, _ = build_documents(words, section, seq_len, words.tokenizer.vocab_size)
-    return TrainData(index, seq_len, True, 0, global_batch_size, Share(0, 1, global_batch_size))
+    vocab_size = words.tokenizer.vocab_size
+    index, _ = build_documents(words, section, seq_len, vocab_size, HeldOut())
+    return build_train_data(words, section, index, vocab_size, Batches(seq_len, global_batch_size, 0, Share(0, 1, global_batch_size)))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class RunState:
         tokens_seen: positions trained on, padding not counted.
         world_size: processes that wrote it, and on what they computed: ``device`` is "cpu" or "cuda".
         identity: what must be the same for a run to go on: name → digest or value.
+        streams: where each data rank's stream stands, by rank; None for data whose place follows from the step.
     """
 
     step: int
@@ -34,6 +35,7 @@ class RunState:
     world_size: int
     device: str
     identity: dict[str, Any]
+    streams: list[Any] | None = None
 
     def to_json(self) -> str:
         """For state.json."""

@@ -1,6 +1,6 @@
 """Builds the index of one source: every document tokenised once, cut to what a row can hold, and written to a folder.
 
-The folder holds ``tokens.bin`` (marked tokens, int32, end to end), ``documents.npy`` (a row of `COLUMNS` for each document) and
+The folder holds ``tokens.bin`` (marked tokens, int32, end to end), ``documents.npy`` (each of `COLUMNS` for all documents) and
 ``facts.json``. A document is written while it is read: memory does not grow with the source's tokens.
 """
 
@@ -8,6 +8,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +17,6 @@ import numpy as np
 
 from tunelib.data.encode import ALL_TRAINED, DOUBLE_BOS, NO_STOP, SPECIAL_TEXT, Reading, TextPart, read_ids, read_trained
 from tunelib.data.sources import OpenedSource, RawRow, RawText
-from tunelib.data.tokenizer import Tokenizer
 from tunelib.data.workers import Documents, Part, Rows, work_on_all
 from tunelib.errors import DataError
 
@@ -26,6 +26,8 @@ TOKENS_FILE, DOCUMENTS_FILE, FACTS_FILE = "tokens.bin", "documents.npy", "facts.
 ROWS_PER_TASK, BYTES_PER_TASK = 256, 1 << 18
 # Of a text before and after a part: tokens far from its edges do not depend on what lies beyond.
 CONTEXT_CHARS = 1024
+REMARKS = ((SPECIAL_TEXT, "special_text"), (NO_STOP, "no_stop"), (DOUBLE_BOS, "double_bos"), (ALL_TRAINED, "all_trained"))
+WRITE_BYTES = 1 << 20
 
 
 @dataclass
@@ -34,7 +36,6 @@ class Facts:
 
     Attributes:
         format: of the rows.
-        why: what the format was seen from; "" where it was given.
         num_read: documents read; ``num_long`` of them longer than a row, ``num_untrained`` left out because nothing in them is trained.
         num_all_trained: with every token trained although only answers should be.
         num_seams: places where two parts of a long text are tokenised differently from the whole.
@@ -43,7 +44,6 @@ class Facts:
     """
 
     format: str
-    why: str = ""
     num_read: int = 0
     num_long: int = 0
     num_untrained: int = 0
@@ -73,24 +73,29 @@ class Builder:
     documents: array = field(default_factory=lambda: array("q"))
     num_tokens: int = 0
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
-    # The document that is being read.
+    # The document that is being read: what is not yet written of it, and what is known of it.
     pending: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     pending_lines: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     num_seen: int = 0
     num_before: int = 0
+    first_line: int = 0
+    remarks: int = 0
 
-    def add(self, marked: np.ndarray, lines: np.ndarray, file: int, is_last: bool = True) -> None:
+    def add(self, marked: np.ndarray, lines: np.ndarray, file: int, line: int, remarks: int = 0, is_last: bool = True) -> None:
         """Add a document or a part of one, cut or left out as ``too_long`` says.
 
         Args:
             marked: N tokens, marked as in `data/encode.py`.
             lines: of each token.
+            line: where the document or the part begins.
+            remarks: what a person should hear of it: bits as in `data/encode.py`.
         """
-        if not self.num_seen:
-            self.num_before = len(self.documents)
+        if not self.first_line:
+            self.first_line, self.num_before = line, len(self.documents)
         self.num_seen += len(marked)
+        self.remarks |= remarks
         if self.too_long == "error" and self.num_seen - 1 > self.seq_len:
-            where = self.source.where(file, int((lines if not len(self.pending_lines) else self.pending_lines)[0]))
+            where = self.source.where(file, self.first_line)
             raise DataError(f"{where}: more than {self.seq_len + 1} tokens do not fit training.seq_len = {self.seq_len}; see dataset.too_long")
         self.pending = np.concatenate([self.pending, marked]) if len(self.pending) else marked
         self.pending_lines = np.concatenate([self.pending_lines, lines]) if len(self.pending_lines) else lines
@@ -102,62 +107,58 @@ class Builder:
         if is_last:
             self._end(file)
 
-    def remark(self, remarks: int, file: int, line: int) -> None:
-        """Count what a person should hear of a document."""
-        for bit, name in ((SPECIAL_TEXT, "special_text"), (NO_STOP, "no_stop"), (DOUBLE_BOS, "double_bos"), (ALL_TRAINED, "all_trained")):
-            if remarks & bit:
-                self.facts.count(name, file, line)
-
     def _end(self, file: int) -> None:
-        line = int(self.pending_lines[0]) if len(self.pending_lines) else 1
         self.facts.num_read += 1
+        for bit, name in REMARKS if self.remarks else ():
+            if self.remarks & bit:
+                self.facts.count(name, file, self.first_line)
         is_long = self.num_seen - 1 > self.seq_len
         if is_long:
-            self.facts.count("long", file, line)
+            self.facts.count("long", file, self.first_line)
         if not (is_long and self.too_long == "drop"):
             if len(self.pending) > 1:
                 self._write(len(self.pending) - 1, file)
-            self._store(len(self.pending))
+            self._store(self.pending)
             if len(self.documents) == self.num_before:
-                self.facts.count("untrained", file, line)
-        self.pending, self.pending_lines, self.num_seen = self.pending[:0], self.pending_lines[:0], 0
+                self.facts.count("untrained", file, self.first_line)
+        self.pending, self.pending_lines, self.num_seen, self.first_line, self.remarks = self.pending[:0], self.pending_lines[:0], 0, 0, 0
 
     def _write(self, num_labels: int, file: int) -> None:
         """Make a document of the first pending tokens, where any of its labels is trained; the token that is its last label stays pending."""
         piece = self.pending[: num_labels + 1]
-        if num_trained := int(read_trained(piece[1:]).sum()):
+        if num_trained := int(np.count_nonzero(read_trained(piece[1:]))):
             digest = hashlib.blake2b(read_ids(piece).tobytes(), digest_size=8).digest()
             line = int(self.pending_lines[0])
             self.documents.extend((self.num_tokens, num_labels, num_trained, file, line, int.from_bytes(digest, "little", signed=True)))
-        self._store(num_labels)
+        self._store(piece[:-1])
         self.pending, self.pending_lines = self.pending[num_labels:], self.pending_lines[num_labels:]
 
-    def _store(self, count: int) -> None:
-        content = self.pending[:count].tobytes()
+    def _store(self, marked: np.ndarray) -> None:
+        content = marked.tobytes()
         self.file.write(content)
         self.digest.update(content)
-        self.num_tokens += count
+        self.num_tokens += len(marked)
 
 
-def build_source(
-    folder: Path, source: OpenedSource, reading: Reading, tokenizer: Tokenizer, facts: Facts, seq_len: int, too_long: str, num_workers: int
-) -> None:
+def build_source(folder: Path, source: OpenedSource, reading: Reading, seq_len: int, too_long: str, num_workers: int) -> None:
     """Write the index of a source into an empty folder.
 
     Raises:
         DataError: a bad row (with file and line), no document, or no trained token at all.
     """
-    with open(folder / TOKENS_FILE, "wb") as file:
+    facts = Facts(reading.format)
+    answers = work_on_all(reading, plan_tasks(source, source.rows()), num_workers)
+    with open(folder / TOKENS_FILE, "wb", buffering=WRITE_BYTES) as file, closing(answers):
         builder = Builder(file, source, seq_len, too_long, facts)
         edge = 0
-        for answer in work_on_all(reading, plan_tasks(source, source.rows()), num_workers):
+        for answer in answers:
             if isinstance(answer, Documents):
                 add_documents(builder, answer)
             else:
-                edge = add_part(builder, answer.task, answer.tokens, edge, tokenizer)
+                edge = add_part(builder, answer.task, answer.tokens, edge, reading)
     check_facts(facts, source, reading, seq_len, num_documents=len(builder.documents))
     facts.tokens_digest = builder.digest.hexdigest()
-    np.save(folder / DOCUMENTS_FILE, np.frombuffer(builder.documents, dtype=np.int64).reshape(-1, len(COLUMNS)))
+    np.save(folder / DOCUMENTS_FILE, np.frombuffer(builder.documents, dtype=np.int64).reshape(-1, len(COLUMNS)).T.copy())
     (folder / FACTS_FILE).write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
 
 
@@ -176,12 +177,10 @@ def plan_tasks(source: OpenedSource, rows: Iterable[RawRow | RawText]) -> Iterat
                 yield Part(before, row.text, "", row.file, row.line, source.where(row.file, row.line), True)
                 before, held = "", None
             continue
-        for column, value in zip(
-            (group.contents, group.files, group.lines, group.wheres),
-            (row.content, row.file, row.line, source.where(row.file, row.line)),
-            strict=True,
-        ):
-            column.append(value)  # type: ignore[attr-defined]  # four lists of four types
+        group.contents.append(row.content)
+        group.files.append(row.file)
+        group.lines.append(row.line)
+        group.wheres.append(source.where(row.file, row.line))
         size += len(row.content) if isinstance(row.content, bytes) else BYTES_PER_TASK // ROWS_PER_TASK
         if size >= BYTES_PER_TASK or len(group.lines) >= ROWS_PER_TASK:
             yield group
@@ -195,13 +194,11 @@ def add_documents(builder: Builder, answer: Documents) -> None:
     end = 0
     task = answer.task
     for file, line, length, remarks in zip(task.files, task.lines, answer.lengths.tolist(), answer.remarks.tolist(), strict=True):
-        builder.add(answer.marked[end : end + length], np.full(length, line, dtype=np.int64), file)
-        if remarks:
-            builder.remark(remarks, file, line)
+        builder.add(answer.marked[end : end + length], np.full(length, line, dtype=np.int64), file, line, remarks)
         end += length
 
 
-def add_part(builder: Builder, part: Part, tokens: TextPart, edge: int, tokenizer: Tokenizer) -> int:
+def add_part(builder: Builder, part: Part, tokens: TextPart, edge: int, reading: Reading) -> int:
     """Add the tokens of one part of a text; the document begins and ends as the tokenizer's own.
 
     Args:
@@ -213,13 +210,14 @@ def add_part(builder: Builder, part: Part, tokens: TextPart, edge: int, tokenize
     ids, lines, first = tokens.ids, tokens.lines, not part.before
     if not first and len(ids) and tokens.first_start != edge:
         builder.facts.count("seams", part.file, part.line)
-    start_ids = tokenizer.document_start_ids if first else []
-    end_ids = tokenizer.document_end_ids if part.is_last and ids[-1:].tolist() != tokenizer.document_end_ids else []
+    start_ids = reading.tokenizer.document_start_ids if first else []
+    end_ids = reading.tokenizer.document_end_ids if part.is_last else []
+    if reading.parse_special_tokens and end_ids == ids[-len(end_ids) :].tolist():
+        end_ids = []  # the text ends with it already
     last_line = int(lines[-1]) if len(lines) else part.line
     lines = np.concatenate([np.full(len(start_ids), part.line), lines, np.full(len(end_ids), last_line)])
-    if tokens.has_special_text:
-        builder.facts.count("special_text", part.file, part.line)
-    builder.add(np.concatenate([start_ids, ids, end_ids]).astype(np.int32), lines, part.file, part.is_last)
+    marked = np.concatenate([start_ids, ids, end_ids]).astype(np.int32)
+    builder.add(marked, lines, part.file, part.line, SPECIAL_TEXT if tokens.has_special_text else 0, part.is_last)
     return tokens.last_end if len(ids) else 0
 
 

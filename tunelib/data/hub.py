@@ -50,7 +50,7 @@ def load_hub(source: Source) -> HubData:
     return HubData(dataset.remove_columns(media), commit, _digest_of(source, commit), size_bytes, notes)
 
 
-def read_hub(dataset: "datasets.Dataset") -> Iterator[RawRow]:
+def read_hub(dataset: "datasets.Dataset | datasets.IterableDataset") -> Iterator[RawRow]:
     """The rows with their numbers from 1, read in batches."""
     number = 0
     for batch in dataset.iter(batch_size=BATCH_ROWS):

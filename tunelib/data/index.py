@@ -5,10 +5,11 @@ where documents become rows. The index of a source is made once and kept in the 
 that decides its documents; several processes that want the same one wait for the first.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,9 +26,19 @@ from tunelib.data.shapes import detect_format
 from tunelib.data.sources import OpenedSource, RawText, open_source, parse_row
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import CheckpointError, DataError
-from tunelib.files import commit_folder, describe_files, make_staging, read_json, read_manifest, remove_folder, wait_for_lock
+from tunelib.files import (
+    MANIFEST,
+    commit_folder,
+    crc32_of,
+    describe_files,
+    make_staging,
+    read_json,
+    read_manifest,
+    remove_folder,
+    wait_for_lock,
+)
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """To be raised whenever the same settings make other documents: older indexes are then not used."""
 CONVERSATIONS = ("chat", "instruct")
 """Formats that need a chat template; prompts and completions take one where there is one."""
@@ -88,6 +99,10 @@ class Index:
         start = int(self.starts[document])
         return self.sources[self.source[document]].marked[start : start + int(self.lengths[document]) + 1]
 
+    def read_row(self, documents: np.ndarray) -> list[np.ndarray]:
+        """The marked tokens of several documents."""
+        return [self.marked(document) for document in documents.tolist()]
+
     def where(self, document: int) -> str:
         """File and line of a document."""
         return self.sources[self.source[document]].found.opened.where(int(self.files[document]), int(self.lines[document]))
@@ -135,12 +150,11 @@ def find_sources(sources: Sequence[Source], cache_folder: Path) -> list[FoundSou
     Raises:
         DataError: a source that is not there, is empty, or whose format cannot be told.
     """
-    return [find_source(source, cache_folder) for source in sources]
+    return [see_format(open_source(source, cache_folder), source) for source in sources]
 
 
-def find_source(source: Source, cache_folder: Path) -> FoundSource:
-    """Open a source and see which format its rows have; raises DataError."""
-    opened = open_source(source, cache_folder)
+def see_format(opened: OpenedSource, source: Source) -> FoundSource:
+    """Look at the first row of an opened source, to know the format of its rows; raises DataError."""
     first = next(islice(opened.rows(), 1), None)
     if first is None:
         raise DataError(f"{opened.name} holds no document")
@@ -207,10 +221,11 @@ def build_index(
         DataError: a bad row (with file and line), no document, or no trained token at all.
     """
     sources = tuple(_index_source(source, section, seq_len, tokenizer, template, vocab_size, say, num_workers) for source in found)
-    documents = [np.load(folder / DOCUMENTS_FILE) for _, folder in sources]
-    columns = dict(zip(COLUMNS, np.concatenate(documents).T, strict=True))
-    source = np.repeat(np.arange(len(sources), dtype=np.int16), [len(part) for part in documents])
-    return Index(tuple(indexed for indexed, _ in sources), source, **columns)
+    # Mapped, so that processes share them, and of what is not asked for, such as lines, nothing is read.
+    documents = [np.asarray(np.load(folder / DOCUMENTS_FILE, mmap_mode="r")) for _, folder in sources]
+    columns = documents[0] if len(documents) == 1 else np.concatenate(documents, axis=1)
+    source = np.repeat(np.arange(len(sources), dtype=np.int16), [part.shape[1] for part in documents])
+    return Index(tuple(indexed for indexed, _ in sources), source, **dict(zip(COLUMNS, columns, strict=True)))
 
 
 def split_held_out(index: Index, fraction: float) -> tuple[Index, Index]:
@@ -231,7 +246,7 @@ def describe_facts(source: IndexedSource) -> list[str]:
     done = {"truncate": "cut to the first", "split": "split into pieces of", "drop": "left out: longer than"}
     first = {number: f"first {source.found.opened.where(*place)}" for number, place in facts.examples.items()}
     lines = {
-        f"read as {facts.format!r}, {facts.why}": bool(facts.why),
+        f"read as {facts.format!r}, {source.found.why}": bool(source.found.why),
         f"{facts.num_long} documents {done.get(source.fingerprint['dataset.too_long'])} {seq_len} tokens ({first.get('long')})": facts.num_long,
         f"{facts.num_untrained} documents left out: no token in them is trained ({first.get('untrained')})": facts.num_untrained,
         f"{facts.num_special_text} documents spell out special tokens, which are read as text; dataset.parse_special_tokens = true "
@@ -252,6 +267,38 @@ def resolve_too_long(choice: str, format: str) -> str:
     return choice
 
 
+def describe_reading(
+    found: FoundSource, section: Dataset, seq_len: int, tokenizer: Tokenizer, template: ChatTemplate | None, vocab_size: int
+) -> tuple[Reading, str, dict[str, Any]]:
+    """How a source's rows become documents, what happens to long ones, and name → value of everything that decides it."""
+    own_template = template if found.format not in ("text", "tokens") else None
+    reading = Reading(
+        tokenizer=tokenizer,
+        template=(own_template.name, own_template.source) if own_template else None,
+        format=found.format,
+        columns=found.columns,
+        train_on=section.train_on,
+        parse_special_tokens=section.parse_special_tokens,
+        vocab_size=vocab_size,
+    )
+    too_long = resolve_too_long(section.too_long, found.format)
+    return (
+        reading,
+        too_long,
+        {
+            "data": found.opened.digest,
+            "tokenizer": tokenizer.digest if found.format != "tokens" else "",
+            "chat template": hashlib.sha256(own_template.source.encode()).hexdigest()[:32] if own_template else "",
+            "dataset.format": found.format,
+            "dataset.train_on": section.train_on if found.format not in ("text", "tokens") else "",
+            "dataset.parse_special_tokens": section.parse_special_tokens,
+            "dataset.too_long": too_long,
+            "dataset.columns": {name: getattr(found.columns, name) for name in FORMAT_COLUMNS[found.format]},
+            "training.seq_len": seq_len,
+        },
+    )
+
+
 def _index_source(
     found: FoundSource,
     section: Dataset,
@@ -263,45 +310,24 @@ def _index_source(
     num_workers: int | None,
 ) -> tuple[IndexedSource, Path]:
     """A source's index and its folder in the cache, where it is made if it is not there."""
-    own_template = template if found.format not in ("text", "tokens") else None
-    reading = Reading(
-        tokenizer_folder=tokenizer.folder,
-        added_tokens=tokenizer.added,
-        template=(own_template.name, own_template.source) if own_template else None,
-        format=found.format,
-        columns=found.columns,
-        train_on=section.train_on,
-        parse_special_tokens=section.parse_special_tokens,
-        vocab_size=vocab_size,
-    )
-    too_long = resolve_too_long(section.too_long, found.format)
-    own_columns = {name: getattr(found.columns, name) for name in FORMAT_COLUMNS[found.format]}
-    fingerprint = {
-        "data": found.opened.digest,
-        "tokenizer": tokenizer.digest if found.format != "tokens" else "",
-        "chat template": hashlib.sha256(own_template.source.encode()).hexdigest()[:32] if own_template else "",
-        "dataset.format": found.format,
-        "dataset.train_on": section.train_on if found.format not in ("text", "tokens") else "",
-        "dataset.parse_special_tokens": section.parse_special_tokens,
-        "dataset.too_long": too_long,
-        "dataset.columns": own_columns,
-        "training.seq_len": seq_len,
-    }
+    reading, too_long, fingerprint = describe_reading(found, section, seq_len, tokenizer, template, vocab_size)
+    stop_ids = sorted(tokenizer.stop_ids) if reading.template else []  # not in the tokenizer's digest; they end answers
     cache = resolve_cache_folder(section) / "index"
-    versions = {"index": INDEX_VERSION, "tokenizers": tokenizers.__version__, "vocab_size": vocab_size}
+    versions = {"index": INDEX_VERSION, "tokenizers": tokenizers.__version__, "vocab_size": vocab_size, "stop_ids": stop_ids}
     key = hashlib.sha256(json.dumps({**fingerprint, **versions}, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / key
     try:
-        with wait_for_lock(cache / f"{key}.lock", lambda: say(f"{found.opened.name}: waiting for another process that tokenises it")):
-            if not _is_whole(folder):
-                remove_folder(folder)
-                workers = _resolve_num_workers(found.opened.size_bytes) if num_workers is None else num_workers
-                if workers > 1:
-                    say(f"{found.opened.name}: tokenising {found.opened.size_bytes / 1e6:.0f} MB with {workers} processes")
-                staging = make_staging(folder)
-                build_source(staging, found.opened, reading, tokenizer, Facts(found.format, found.why), seq_len, too_long, workers)
-                files = describe_files(staging, (TOKENS_FILE, DOCUMENTS_FILE, FACTS_FILE))
-                commit_folder(staging, folder, files, kind="index", source=found.opened.name)
+        if not _is_whole(folder):  # one that is whole stays so: nobody needs the lock to read it, nor the right to write
+            with wait_for_lock(cache / f"{key}.lock", lambda: say(f"{found.opened.name}: waiting for another process that tokenises it")):
+                if not _is_whole(folder):
+                    remove_folder(folder)
+                    workers = _resolve_num_workers(found.opened.size_bytes) if num_workers is None else num_workers
+                    if workers > 1:
+                        say(f"{found.opened.name}: tokenising {found.opened.size_bytes / 1e6:.0f} MB with {workers} processes")
+                    with _staging_of_own(folder) as staging:
+                        build_source(staging, found.opened, reading, seq_len, too_long, workers)
+                        files = describe_files(staging, (TOKENS_FILE, DOCUMENTS_FILE, FACTS_FILE))
+                        commit_folder(staging, folder, files, kind="index", source=found.opened.name)
     except OSError as error:
         raise DataError(f"dataset.cache_folder: {error.filename or cache} cannot be written: {error.strerror}; name another folder") from None
     facts = Facts(**read_json(folder / FACTS_FILE, DataError))
@@ -309,13 +335,28 @@ def _index_source(
     return IndexedSource(found, marked, facts, {**fingerprint, "tokens": facts.tokens_digest}), folder
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a finished index lies here: its files have the sizes of its manifest."""
+@contextlib.contextmanager
+def _staging_of_own(folder: Path) -> Iterator[Path]:
+    """An empty folder to build in, which goes away with what is in it where that fails."""
+    staging = make_staging(folder)
     try:
-        files = read_manifest(folder)["files"]
-        return all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
+        yield staging
+    except BaseException:
+        remove_folder(staging)
+        raise
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a finished index lies here: its files are as large as its manifest says, and any that changed later still has its checksum."""
+    try:
+        files, written_ns = read_manifest(folder)["files"], (folder / MANIFEST).stat().st_mtime_ns
+        for name, entry in files.items():
+            state = (folder / name).stat()
+            if state.st_size != entry["size"] or (state.st_mtime_ns > written_ns and crc32_of(folder / name) != entry["crc32"]):
+                return False
     except (CheckpointError, OSError):
         return False
+    return True
 
 
 def _resolve_num_workers(size_bytes: int) -> int:

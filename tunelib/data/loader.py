@@ -6,10 +6,10 @@ depends on how many ranks there are: a rank is handed its share of a step's rows
 """
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from tunelib.data.index import Index
 from tunelib.data.mix import build_mix, describe_mix, seeded_random
 from tunelib.data.packing import EpochPlan, plan_epoch, plan_in_order
 from tunelib.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,14 @@ class TrainData:
         first = self._epoch_ends[epoch - 1] if epoch else 0
         return Step(
             number=number,
-            batches=[build_batch(self.index, micro, self.seq_len, self.packing) for micro in deal_rows(documents, self.share)],
+            batches=[self._build(micro) for micro in deal_rows(documents, self.share)],
             num_trained=int(sum(self.index.num_trained[row].sum() for row in documents)),
             num_tokens=int(sum(self.index.lengths[row].sum() for row in documents)),
             epoch=epoch + (done - first) / self._rows_in(self._plan(epoch)),
         )
+
+    def _build(self, rows: list[np.ndarray]) -> Batch:
+        return build_batch([self.index.read_row(row) for row in rows], self.seq_len, self.packing)
 
     def _ends_up_to(self, rows: int) -> list[int]:
         while not self._epoch_ends or self._epoch_ends[-1] < rows:
@@ -162,27 +167,31 @@ class HeldOutData:
         rows += [np.empty(0, dtype=np.int64)] * (-len(rows) % together)
         for first in range(0, len(rows), together):
             for micro in deal_rows(rows[first : first + together], self.share):
-                yield build_batch(self.index, micro, self.seq_len, self.packing)
+                yield build_batch([self.index.read_row(row) for row in micro], self.seq_len, self.packing)
 
 
-def deal_rows(rows: list[np.ndarray], share: Share) -> list[list[np.ndarray]]:
+def deal_rows(rows: list[T], share: Share) -> list[list[T]]:
     """A rank's micro-batches out of all rows of a batch: consecutive rows stay together."""
     per_rank = len(rows) // share.num_ranks
     own = rows[share.rank * per_rank : (share.rank + 1) * per_rank]
     return [own[first : first + share.rows] for first in range(0, len(own), share.rows)]
 
 
-def build_batch(index: Index, rows: list[np.ndarray], seq_len: int, packing: bool) -> Batch:
-    """Rows of documents as tensors; without packing no wider than the longest row. Labels are shifted here, once."""
-    width = seq_len if packing else max(1, *(int(index.lengths[row].sum()) for row in rows))
+def build_batch(rows: Sequence[Sequence[np.ndarray]], seq_len: int, packing: bool) -> Batch:
+    """Rows of documents as tensors; without packing no wider than the longest row. Labels are shifted here, once.
+
+    Args:
+        rows: the documents of each row, marked as in `data/encode.py`: n + 1 tokens for n positions.
+    """
+    width = seq_len if packing else max(1, *(sum(len(document) - 1 for document in row) for row in rows))
     tokens = np.zeros((len(rows), width), dtype=np.int64)
     labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
     document_lengths: list[int] = []
     for number, row in enumerate(rows):
         place = 0
-        for document in row.tolist():
-            marked, length = index.marked(document), int(index.lengths[document])
+        for marked in row:
+            length = len(marked) - 1
             here = slice(place, place + length)
             tokens[number, here] = read_ids(marked[:-1])
             labels[number, here] = np.where(read_trained(marked[1:]), marked[1:], IGNORED)

@@ -15,18 +15,19 @@ from tunelib.errors import DataError
 
 @dataclass(frozen=True)
 class Mix:
-    """The documents of each source, and how many of them an epoch takes."""
+    """The documents of each source, and how many of them an epoch takes: one at least, and not always a whole number."""
 
     members: tuple[np.ndarray, ...]
-    takes: tuple[int, ...]
+    takes: tuple[float, ...]
 
     def documents(self, seed: int, epoch: int) -> np.ndarray:
         """The documents of an epoch, source after source, a function of (seed, epoch)."""
         return np.concatenate([self._take(number, seed, epoch) for number in range(len(self.members))])
 
     def _take(self, number: int, seed: int, epoch: int) -> np.ndarray:
-        members, count = self.members[number], self.takes[number]
-        chosen, place, end = [members[:0]], epoch * count, (epoch + 1) * count
+        members = self.members[number]
+        place, end = (int(passed * self.takes[number] + 0.5) for passed in (epoch, epoch + 1))
+        chosen = []
         while place < end:
             full_pass, first = divmod(place, len(members))
             until = min(len(members), first + end - place)
@@ -61,7 +62,7 @@ def build_mix(index: Index) -> Mix:
         total = sum(weight for weight in weights if weight is not None)
         tokens = [int(index.lengths[documents].sum()) for documents in members]
         repeats = [(weight or 0) / total * sum(tokens) / own for weight, own in zip(weights, tokens, strict=True)]
-    return Mix(members, tuple(max(1, round(times * len(documents))) for times, documents in zip(repeats, members, strict=True)))
+    return Mix(members, tuple(max(1.0, times * len(documents)) for times, documents in zip(repeats, members, strict=True)))
 
 
 def describe_mix(index: Index, mix: Mix) -> list[str]:

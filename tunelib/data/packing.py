@@ -7,6 +7,7 @@ moves from its place in the permutation, and the work per document.
 """
 
 import bisect
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,16 +41,14 @@ def plan_epoch(documents: np.ndarray, lengths: np.ndarray, seq_len: int, packing
     order = documents[random.permutation(len(documents))]
     if not packing:
         return EpochPlan(order, np.arange(len(order) + 1))
-    rows = [row for first in range(0, len(order), WINDOW) for row in pack_best_fit(order[first : first + WINDOW], lengths, seq_len)]
-    rows = [rows[number] for number in random.permutation(len(rows))]
-    return EpochPlan(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
+    plan = _pack_windows(order, lengths, seq_len)
+    return _reorder(plan, random.permutation(len(plan)))
 
 
 def plan_in_order(lengths: np.ndarray, seq_len: int, packing: bool) -> EpochPlan:
     """Rows without any shuffling, for validation."""
     order = np.arange(len(lengths))
-    rows = pack_best_fit(order, lengths, seq_len) if packing else [[document] for document in order]
-    return EpochPlan(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
+    return _pack_windows(order, lengths, seq_len) if packing else EpochPlan(order, np.arange(len(order) + 1))
 
 
 def pack_best_fit(documents: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list[int]]:
@@ -68,3 +67,20 @@ def pack_best_fit(documents: np.ndarray, lengths: np.ndarray, seq_len: int) -> l
         if free > length:
             bisect.insort(room, (free - length, row))
     return rows
+
+
+def _pack_windows(order: np.ndarray, lengths: np.ndarray, seq_len: int) -> EpochPlan:
+    """Rows of each window of documents in turn."""
+    documents, sizes = [], []
+    for first in range(0, len(order), WINDOW):
+        rows = pack_best_fit(order[first : first + WINDOW], lengths, seq_len)
+        documents.append(np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64))
+        sizes.append(np.fromiter(map(len, rows), dtype=np.int64))
+    return EpochPlan(np.concatenate(documents), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
+
+
+def _reorder(plan: EpochPlan, order: np.ndarray) -> EpochPlan:
+    """The same rows in another order."""
+    firsts, sizes = plan.bounds[:-1][order], np.diff(plan.bounds)[order]
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    return EpochPlan(plan.documents[np.arange(bounds[-1]) + np.repeat(firsts - bounds[:-1], sizes)], bounds)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunelib.config.schema import Source
-from tunelib.data.hub import load_hub, read_hub
+from tunelib.data.hub import load_hub, read_hub, stream_hub
 from tunelib.data.json_rows import Row, find_lone_surrogate, has_half_escape
 from tunelib.data.readers import KINDS, RawRow, RawText, kind_of, read_file
 from tunelib.errors import DataError
@@ -59,7 +59,7 @@ class OpenedSource:
     digest: str
     size_bytes: int
     notes: tuple[str, ...]
-    dataset: "datasets.Dataset | None" = field(default=None, repr=False)
+    dataset: "datasets.Dataset | datasets.IterableDataset | None" = field(default=None, repr=False)
     columns: frozenset[str] = field(default=frozenset(), repr=False)
 
     def rows(self) -> Iterator[RawRow | RawText]:
@@ -87,8 +87,7 @@ def open_source(source: Source, cache_folder: Path) -> OpenedSource:
     """
     if source.hub:
         loaded = load_hub(source)
-        place = f"{'/'.join(filter(None, (source.hub, source.subset)))}[{source.split}]"
-        return OpenedSource(source.hub, (place,), loaded.digest, loaded.size_bytes, loaded.notes, loaded.dataset)
+        return OpenedSource(source.hub, (_place_of(source),), loaded.digest, loaded.size_bytes, loaded.notes, loaded.dataset)
     base, paths, others = _find_files(Path(source.path))
     notes: tuple[str, ...] = ()
     if others:
@@ -107,6 +106,16 @@ def open_source(source: Source, cache_folder: Path) -> OpenedSource:
         digest.update(f"{content} {name}\n".encode("utf-8", "surrogateescape"))
     columns = frozenset((*astuple(source.columns), "conversations"))
     return OpenedSource(source.path, tuple(map(str, paths)), digest.hexdigest(), size_bytes, notes, columns=columns)
+
+
+def open_stream(source: Source) -> OpenedSource:
+    """A Hub data set whose rows are fetched when they are asked for; raises DataError."""
+    dataset, digest = stream_hub(source)
+    return OpenedSource(source.hub, (_place_of(source),), digest, 0, (), dataset)
+
+
+def _place_of(source: Source) -> str:
+    return f"{'/'.join(filter(None, (source.hub, source.subset)))}[{source.split}]"
 
 
 def parse_row(content: bytes | Row, where: str) -> Row:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunelib.data.encode import Encoder, read_trained
-from tunelib.data.index import FoundSource, describe_reading
+from tunelib.data.index import FoundSource
 from tunelib.data.loader import Share, Step, build_batch, deal_rows
 from tunelib.data.mix import seeded_random
 from tunelib.data.packing import pack_best_fit
@@ -119,32 +119,43 @@ class StreamData:
     def _read_window(self) -> None:
         """Read the next documents, and pack them into rows."""
         documents: list[np.ndarray] = []
-        starts, begun_at = 0, self._examples
-        while len(documents) < WINDOW:
-            try:
-                row = next(self._iterator)
-            except StopIteration:
-                starts += 1
-                if documents or starts > 1:
-                    if not documents and self._examples == begun_at:
-                        raise DataError(f"{self.found.opened.name}: rank {self.share.rank} of {self.share.num_ranks} gets no document of it") from None
-                    break
-                self._passes += 1
-                self._rewind(self._start_of_pass)
-                continue
-            except Exception as error:  # the network, the disk or a parser of the library
-                raise DataError(f"{self.found.opened.name}: the stream broke: {type(error).__name__}: {error}") from None
-            self._examples += 1
+        num_read = 0
+        for row in self._read_rows():
+            num_read += 1
             where = f"{self.found.opened.name}, row {self._examples} of rank {self.share.rank}"
             documents += cut_document(self.encoder.encode(row, where).marked, self.seq_len, self.too_long, where)
+            if len(documents) >= WINDOW:
+                break
         if not documents:
-            raise DataError(f"{self.found.opened.name}: no token of {self._examples - begun_at} documents is trained; see dataset.too_long and train_on")
+            why = "no token in them is trained, or they are too long" if num_read else "there are more data ranks than rows"
+            raise DataError(f"{self.found.opened.name}: nothing to train on in the {num_read} rows of rank {self.share.rank}: {why}")
         random = seeded_random(self.seed, self.share.rank, self._number, 2)
         lengths = np.array([len(document) - 1 for document in documents])
         order = random.permutation(len(documents))
         packed = pack_best_fit(order, lengths, self.seq_len) if self.packing else [[document] for document in order]
         self._rows = [[documents[document] for document in packed[number]] for number in random.permutation(len(packed))]
         self._number += 1
+
+    def _read_rows(self) -> Iterator[dict[str, Any]]:
+        """Rows to the end of the pass; a new pass begins where the last one has ended."""
+        first = True
+        while True:
+            try:
+                row = next(self._iterator)
+            except StopIteration:
+                if not first:
+                    return
+                self._passes += self._examples > 0
+                self._rewind(self._start_of_pass)
+                again = next(self._iterator, None)
+                if again is None:
+                    return
+                row = again
+            except Exception as error:  # of the network, the disk or a parser, as the library raised it
+                raise DataError(f"{self.found.opened.name}: the stream broke: {type(error).__name__}: {error}") from None
+            first = False
+            self._examples += 1
+            yield row
 
     def _rewind(self, state: dict[str, Any]) -> None:
         self._stream.load_state_dict(copy.deepcopy(state))

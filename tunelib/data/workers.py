@@ -13,11 +13,11 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -84,7 +84,7 @@ def work(encoder: Encoder, task: Rows | Part) -> Documents | PartTokens:
     )
 
 
-def work_on_all(reading: Reading, tasks: Iterable[Rows | Part], num_workers: int) -> Iterator[Documents | PartTokens]:
+def work_on_all(reading: Reading, tasks: Iterable[Rows | Part], num_workers: int) -> Generator[Documents | PartTokens]:
     """The answers to all tasks, in their order; with one worker, by this process. To be closed, which ends the processes.
 
     Raises:
@@ -128,14 +128,14 @@ class Worker:
         path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
         # The processes are the parallelism: the tokenizer's own threads would get in each other's way.
         environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-        self._process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        self._first: Reading | None = reading
+        try:
+            self._process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        except OSError as error:
+            raise DataError(f"no process that tokenises data can be started: {error.strerror}") from None
+        self._send(reading)
 
     def ask(self, task: Rows | Part) -> Documents | PartTokens:
         """The answer to a task; raises DataError as the worker did, or because it was killed."""
-        if self._first is not None:
-            self._send(self._first)
-            self._first = None
         self._send(task)
         assert self._process.stdout is not None
         try:
@@ -157,11 +157,9 @@ class Worker:
 
     def _send(self, thing: Any) -> None:
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended; why is seen where its answer is read
             pickle.dump(thing, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
             self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._death() from None
 
     def _death(self) -> Exception:
         code = self._process.wait()
@@ -176,22 +174,34 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the one that asks decides
     source, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what a library prints must not stand among the answers
-    encoder: Encoder | None = None
-    while True:
-        try:
-            asked = pickle.load(source)
-        except (EOFError, pickle.UnpicklingError):
-            return
+    reading = _receive(source)
+    if reading is None:
+        return
+    try:
+        encoder = Encoder(reading)
+    except DataError as error:
+        _answer(answers, error)
+        return
+    while (task := _receive(source)) is not None:
         answer: Documents | PartTokens | DataError
         try:
-            if encoder is None:
-                encoder = Encoder(asked)
-                continue
-            answer = work(encoder, asked)
+            answer = work(encoder, task)
         except DataError as error:
             answer = error
-        try:
-            pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
-            answers.flush()
-        except BrokenPipeError:
-            os._exit(0)  # the interpreter's own end would try to write the rest, and complain
+        _answer(answers, answer)
+
+
+def _receive(source: BinaryIO) -> Any:
+    """What was sent; None where nothing whole comes any more."""
+    try:
+        return pickle.load(source)
+    except (EOFError, pickle.UnpicklingError):
+        return None
+
+
+def _answer(answers: BinaryIO, answer: Documents | PartTokens | DataError) -> None:
+    try:
+        pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
+        answers.flush()
+    except BrokenPipeError:
+        os._exit(0)  # the interpreter's own end would try to write the rest, and complain

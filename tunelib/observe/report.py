@@ -36,8 +36,15 @@ def unigram_entropy(index: Index) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+def describe_documents(index: Index) -> str:
+    """The documents that a run trains on, in a line."""
+    num_tokens = int(index.lengths.sum())
+    share = 100 * index.num_trained.sum() / num_tokens
+    return f"{len(index):,} documents, {num_tokens:,} tokens, {share:.0f}% trained; unigram entropy {unigram_entropy(index):.3f} nats"
+
+
 def opening_lines(
-    config: Config, runtime: Runtime, layout: Layout, model: nn.Module, index: Index, order_notes: list[str], num_steps: int, weights: str
+    config: Config, runtime: Runtime, layout: Layout, model: nn.Module, data_lines: list[str], num_steps: int, weights: str
 ) -> list[str]:
     """What is about to happen, in a few lines."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -45,13 +52,10 @@ def opening_lines(
     processes = f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''} on {runtime.device.type}"
     how = f"sharded over {layout.num_data_ranks}" if layout.mesh is not None else "not sharded"
     dtypes = f"{runtime.param_dtype} parameters" + (f", {runtime.compute_dtype} compute" if runtime.compute_dtype != runtime.param_dtype else "")
-    num_tokens = int(index.lengths.sum())
     return [
         *([config.job.description] if config.job.description else []),
         f"model      {num_parameters / 1e6:,.1f} M parameters; {weights}",
-        f"data       {len(index):,} documents, {num_tokens:,} tokens, {100 * index.num_trained.sum() / num_tokens:.0f}% trained; "
-        f"unigram entropy {unigram_entropy(index):.3f} nats",
-        *(f"           {note}" for note in [*index.notes, *order_notes]),
+        *(f"{'data' if line is data_lines[0] else '':10} {line}" for line in data_lines),
         f"machine    {processes}, {how}, {dtypes.replace('torch.', '')}",
         f"run        {num_steps:,} steps of {training.global_batch_size} rows of {training.seq_len} tokens",
     ]

@@ -1,152 +1,20 @@
 """Data sets on the Hub, with the real clients against a small server that speaks the Hub's API, and without a network."""
 
-import hashlib
-import http.server
-import io
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-from conftest import ROOT
-
-NOWHERE = "http://127.0.0.1:9"
-OLD, NEW = "0" * 40, "1234567890" * 4
-TRAIN = [{"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"ä{n}"}]} for n in range(600)]
-TEST = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "test"}]}]
-
-
-def lines(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def parquet(**columns: list[Any]) -> bytes:
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), file)
-    return file.getvalue()
-
-
-PAIR = b"""---
-configs:
-- config_name: small
-  data_files: small.jsonl
-- config_name: large
-  data_files: large.jsonl
----
-"""
-IMAGES = b"""---
-dataset_info:
-  features:
-  - name: image
-    dtype: image
-  - name: text
-    dtype: string
----
-"""
-TOOLS = [{"messages": [{"content": "a", "arguments": {"x": 1}}]}, {"messages": [{"content": "b", "arguments": {"y": "z"}}]}]
-REPOSITORIES: dict[str, dict[str, bytes]] = {
-    "someone/chats": {"README.md": b"# Chats", "train.jsonl": lines(TRAIN), "test.jsonl": lines(TEST)},
-    "someone/pair": {"README.md": PAIR, "small.jsonl": lines(TEST), "large.jsonl": lines(TRAIN)},
-    "someone/bare": {"data/train-00000-of-00001.parquet": parquet(text=["a", "ß"])},
-    "someone/images": {
-        "README.md": IMAGES,
-        "train.parquet": parquet(image=[{"bytes": b"no image", "path": "x.png"}], text=["a"]),
-    },
-    "someone/tools": {"README.md": b"#", "train.jsonl": lines(TOOLS)},
-    "someone/broken": {"README.md": b"#", "train.jsonl": b'{"text": "a"}\n{"text": \n'},
-    "someone/empty": {"README.md": b"# nothing yet"},
-}
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Some data sets, each with two commits of the same files, and one that is gated."""
-
-    protocol_version = "HTTP/1.1"
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length", 0))
-        content = self.rfile.read(length).decode()
-        names = json.loads(content)["paths"] if content.startswith("{") else parse_qs(content)["paths"]
-        self.do_GET(names)
-
-    def do_GET(self, names: list[str] | None = None) -> None:
-        path = unquote(self.path.split("?")[0])
-        self.asked.append(path)
-        words = path.removeprefix("/api").removeprefix("/datasets/").split("/")
-        name, action, rest = "/".join(words[:2]), words[2] if len(words) > 2 else "", words[3:]
-        files = REPOSITORIES.get(name)
-        if name == "someone/gated":
-            self.answer(b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask first"}, 403)
-        elif files is None:
-            self.answer(b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no such thing"}, 404)
-        elif rest and rest[0] not in ("main", "v1", OLD, NEW):
-            self.answer(b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "no such revision"}, 404)
-        elif action in ("", "revision"):
-            siblings = [{"rfilename": file} for file in files]
-            self.answer(json.dumps({"id": name, "sha": self.commit(rest), "siblings": siblings, "private": False}).encode())
-        elif action in ("tree", "paths-info"):
-            below = "/".join(rest[1:])
-            found = [file for file in files if (names is None or file in names) and file.startswith(below)]
-            folders = {file.rpartition("/")[0] for file in found} - {""}
-            entries = [{"type": "directory", "path": folder, "oid": "0"} for folder in folders if names is None and folder != below]
-            entries += [{"type": "file", "path": file, "oid": self.digest(files[file]), "size": len(files[file])} for file in found]
-            missing = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no such folder"} if below and not entries else {}
-            self.answer(b"{}" if missing else json.dumps(entries).encode(), missing, 404 if missing else 200)
-        elif "/".join(rest[1:]) in files:
-            content = files["/".join(rest[1:])]
-            first, last = 0, len(content)
-            if asked := self.headers.get("Range"):
-                first, _, end = asked.removeprefix("bytes=").partition("-")
-                first, last = int(first), min(int(end) + 1 if end else len(content), len(content))
-            headers = {"X-Repo-Commit": self.commit(rest), "ETag": f'"{self.digest(content)}"', "Accept-Ranges": "bytes"}
-            if asked:
-                headers["Content-Range"] = f"bytes {first}-{last - 1}/{len(content)}"
-            self.answer(content[first:last], headers, 206 if asked else 200)
-        else:
-            headers = {"X-Repo-Commit": self.commit(rest), "X-Error-Code": "EntryNotFound", "X-Error-Message": "no such file"}
-            self.answer(b"{}", headers, 404)
-
-    def commit(self, rest: list[str]) -> str:
-        return OLD if rest and rest[0] in ("v1", OLD) else NEW
-
-    def digest(self, content: bytes) -> str:
-        return hashlib.sha256(content).hexdigest()
-
-    def answer(self, content: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
+from hub_server import NEW, NOWHERE, OLD, TEST, TOOLS, TRAIN, Hub, hub_environment, serve_hub
 
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    Hub.asked = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.daemon_threads = True  # clients keep their connections open
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve_hub() as endpoint:
+        yield endpoint
 
 
 PROGRAM = """
@@ -174,16 +42,11 @@ for keywords in json.loads(sys.argv[1]):
 """
 
 
-def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)} | more
-
-
 def ask(endpoint: str, home: Path, *sources: dict[str, Any], **more: str) -> list[Any]:
     """What opening and reading each source gives, or its error, from one process that is told nothing else and says nothing else."""
     home.mkdir(exist_ok=True)
     command = [sys.executable, "-W", "error", "-c", PROGRAM, json.dumps(sources)]
-    done = subprocess.run(command, env=environment(endpoint, home, **more), cwd=home, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=hub_environment(endpoint, home, **more), cwd=home, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -327,7 +190,7 @@ resumed.load_state_dict(json.loads(json.dumps(state)))
 print(json.dumps([list(shards[0]), first + list(resumed)]))
 """
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], env=environment(hub, home), cwd=home, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", "-c", program], env=hub_environment(hub, home), cwd=home, capture_output=True, text=True, timeout=120
     )
     assert done.stderr == ""
     shards = json.loads(done.stdout)

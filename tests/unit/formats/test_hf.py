@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from unit.samples import TINY_FIELDS, tiny_config, tiny_model, write_tokenizer
+from unit.samples import TINY_FIELDS, tiny_model, write_tokenizer
 
 import tunelib.formats.hf as hf
 from tunelib.checkpoint.state import model_tensors

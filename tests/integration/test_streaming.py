@@ -1,0 +1,52 @@
+"""A Hub data set streamed while training: exact after a resume on as many data ranks, refused on another number."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import TOKENIZER, Run, run_processes
+from hub_server import hub_environment, serve_hub
+
+WORDS = ["--training.global_batch_size", "4", "--checkpoint.enable_checkpoint", "--checkpoint.interval", "3"]
+
+
+@pytest.fixture
+def toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    path = tmp_path / "stream.toml"
+    path.write_text(
+        f"""
+[model]
+tokenizer_path = "{TOKENIZER}"
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 1
+num_attention_heads = 2
+[dataset]
+hub = "someone/chats"
+streaming = true
+[training]
+seq_len = 64
+[validation]
+enable = true
+split = "test"
+"""
+    )
+    with serve_hub() as endpoint:
+        for name, value in hub_environment(endpoint, tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        yield path
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_streamed_run_resumes_exactly(world_size: int, toml: Path, tmp_path: Path) -> None:
+    def words(folder: str, steps: int) -> list[str]:
+        return [str(toml), "--job.dump_folder", str(tmp_path / folder), "--training.steps", str(steps), *WORDS]
+
+    run_processes([words("whole", 7), words("halves", 3), words("halves", 7)], world_size)
+    whole, halves = Run(tmp_path / "whole"), Run(tmp_path / "halves")
+    assert len(whole.series("loss")) == 7
+    assert halves.series("loss") == whole.series("loss")
+    assert halves.series("grad_norm") == whole.series("grad_norm")
+    assert len(whole.series("validation_loss")) == 2
+    with pytest.raises(AssertionError, match=r"data ranks: \d then, \d now"):
+        run_processes([words("halves", 9)], 3 - world_size)
