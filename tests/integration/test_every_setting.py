@@ -6,18 +6,23 @@ that a person or another program could see: a file, a number, a message, the sta
 
 import dataclasses
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TOKENIZER, Run, run_processes, write_chats, write_toml
+from conftest import ROOT, TOKENIZER, Run, run_processes, write_chats, write_toml
+from hub_server import hub_environment, serve_hub
 from torch.distributed.tensor import DTensor
 
 from tunelib.config import Config, load_config, resolve_dump_folder
+from tunelib.config.schema import Columns
+from tunelib.data.chat import CHATML
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import CheckpointError, ConfigError, DataError, FormatError
 
@@ -26,23 +31,32 @@ CASES: dict[str, Check] = {}
 
 
 def shows(*keys: str) -> Callable[[Check], Check]:
-    """Register a case for settings."""
+    """Register a case for settings; it runs once, and until it passes for each of them."""
 
     def register(check: Check) -> Check:
+        passed = False
+
+        def check_once(lab: Lab) -> None:
+            nonlocal passed
+            if not passed:
+                check(lab)
+            passed = True
+
         for key in keys:
             assert key not in CASES
-            CASES[key] = check
+            CASES[key] = check_once
         return check
 
     return register
 
 
 def field_keys(section: type, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a dataclass of settings."""
+    """The dotted keys of a dataclass of settings, those of its lists of tables among them."""
+    hints = get_type_hints(section)
     for field in dataclasses.fields(section):
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
-        if dataclasses.is_dataclass(default):
-            yield from field_keys(type(default), f"{prefix}{field.name}.")
+        inner = next((kind for kind in (hints[field.name], *get_args(hints[field.name])) if dataclasses.is_dataclass(kind)), None)
+        if inner is not None:
+            yield from field_keys(inner, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name
 
@@ -156,6 +170,16 @@ def _(lab: Lab) -> None:
         lab.run("--model.tokenizer_path", str(lab.folder))
 
 
+@shows("model.resize_embeddings")
+def _(lab: Lab) -> None:
+    template = lab.folder / "new.jinja"
+    template.write_text(CHATML.replace("im_end", "new_end"))
+    given = ("--dataset.chat_template", str(template))
+    with pytest.raises(DataError, match=r"writes <\|new_end\|>, which are no tokens of the tokenizer"):
+        lab.run(*given)
+    assert export_config(lab.run(*given, "--model.resize_embeddings"))["vocab_size"] == Tokenizer(TOKENIZER).vocab_size + 2
+
+
 @shows(*(f"model.{name}" for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim")))
 def _(lab: Lab) -> None:
     words = {"vocab_size": 1100, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 16}
@@ -236,6 +260,16 @@ def _(lab: Lab) -> None:
     lab.changes("loss", "--dataset.path", str(write_chats(lab.folder / "others.jsonl", 60, seed=1)))
 
 
+TURN = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "it"}]
+
+
+def write_rows(lab: Lab, rows: list[dict[str, Any]]) -> str:
+    """The path of a new data file."""
+    path = lab.folder / f"rows-{len(list(lab.folder.glob('rows-*')))}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 @shows("dataset.format", "dataset.columns.text")
 def _(lab: Lab) -> None:
     lines = [{"messages": json.loads(line)["messages"], "body": "a document"} for line in lab.data.read_text().splitlines()]
@@ -291,6 +325,120 @@ def _(lab: Lab) -> None:
 @shows("dataset.train_on")
 def _(lab: Lab) -> None:
     lab.changes("loss", "--dataset.train_on", "all")
+    path = write_rows(lab, [{"messages": [*TURN, *TURN]}] * 60)
+    lab.changes("loss", "--dataset.train_on", "last", given=("--dataset.path", path))
+
+
+@shows("dataset.parse_special_tokens")
+def _(lab: Lab) -> None:
+    path = write_rows(lab, [{"text": f"<|im_start|>user\nsay {n}<|im_end|>"} for n in range(60)])
+    lab.changes("tokens", "--dataset.parse_special_tokens", given=("--dataset.path", path))
+
+
+@shows("dataset.columns.tools", "dataset.columns.system")
+def _(lab: Lab) -> None:
+    template = lab.folder / "tools.jinja"
+    template.write_text("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML)
+    path = write_rows(lab, [{"messages": TURN, "sys": "be brief", "functions": [{"name": "look"}]}] * 60)
+    given = ("--dataset.path", path, "--dataset.chat_template", str(template))
+    for name, column in (("tools", "functions"), ("system", "sys")):
+        lab.changes("tokens", f"--dataset.columns.{name}", column, given=given)
+
+
+@shows("dataset.columns.prompt", "dataset.columns.completion")
+def _(lab: Lab) -> None:
+    renamed_column(lab, [{"ask": f"say {n}", "completion": str(n)} for n in range(60)], "prompt", "ask")
+    renamed_column(lab, [{"prompt": f"say {n}", "answer": str(n)} for n in range(60)], "completion", "answer")
+
+
+@shows("dataset.columns.input_ids", "dataset.columns.labels", "dataset.columns.mask")
+def _(lab: Lab) -> None:
+    renamed_column(lab, [{"ids": [5, 6, 7, 8 + n]} for n in range(60)], "input_ids", "ids")
+    path = write_rows(lab, [{"input_ids": [5, 6, 7, 8], "targets": [-100, -100, 7, 8], "trained": [0, 0, 0, 1]}] * 60)
+    for name, column in (("labels", "targets"), ("mask", "trained")):
+        lab.changes("loss", f"--dataset.columns.{name}", column, given=("--dataset.path", path))
+
+
+@shows("dataset.last_batch")
+def _(lab: Lab) -> None:
+    filled, dropped = (lab.run("--training.epochs", "1", *words) for words in ([], ["--dataset.last_batch", "drop"]))
+    assert len(dropped.series("loss")) < len(filled.series("loss"))
+    assert dropped.series("epoch")[-1] == 1.0
+
+
+@shows("dataset.cache_folder")
+def _(lab: Lab) -> None:
+    lab.run("--dataset.cache_folder", str(lab.folder / "own-cache"))
+    assert [path.name for path in (lab.folder / "own-cache/index").iterdir() if path.is_dir()]
+
+
+def mixed(lab: Lab, *tables: str) -> Run:
+    """Three steps on several sources."""
+    toml = lab.folder / "mix.toml"
+    toml.write_text(lab.toml.read_text().replace(f'path = "{lab.data}"', "\n".join(f"[[dataset.mix]]\n{table}" for table in tables)))
+    return lab.train(toml, "--training.steps", "3")
+
+
+@shows(*(f"dataset.mix.{name}" for name in ("path", "format", "weight", "repeats", *(f"columns.{column}" for column in vars(Columns())))))
+def _(lab: Lab) -> None:
+    rows = {
+        "chat": {"messages": TURN, "tools": [{"name": "look"}], "system": "be brief"},
+        "prompt_completion": {"prompt": "say it", "completion": "it"},
+        "instruct": {"instruction": "say it", "input": "now", "output": "it"},
+        "text": {"text": "it was said"},
+        "tokens": {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
+    }
+    tables = []
+    for format, row in rows.items():
+        columns = ", ".join(f'{name} = "my_{name}"' for name in row)
+        path = write_rows(lab, [{f"my_{name}": value for name, value in row.items()}] * 30)
+        tables.append(f'path = "{path}"\nformat = "{format}"\ncolumns = {{ {columns} }}\n')
+    masked = write_rows(lab, [{"input_ids": [5, 6, 7, 8], "my_mask": [0, 0, 1, 1]}] * 30)
+    tables.append(f'path = "{masked}"\ncolumns = {{ mask = "my_mask" }}\n')
+    mixed(lab, *tables)
+    said = lab.read_output()
+    assert "180 documents" in said
+    assert f"{masked}: read as 'tokens'" in said
+    assert "1 times its 30 documents" in said
+    mixed(lab, *(f"{table}repeats = {number}\n" for number, table in enumerate(tables, start=1)))
+    assert "6 times its 30 documents" in lab.read_output()
+    mixed(lab, *(f"{table}weight = {number}\n" for number, table in enumerate(tables, start=1)))
+    assert f"{masked}: 28.6% of the tokens" in lab.read_output()
+
+
+HUB_KEYS = [f"{section}.{name}" for section in ("dataset", "dataset.mix") for name in ("hub", "subset", "split", "revision")]
+
+
+@shows(*HUB_KEYS, "dataset.streaming", "validation.split")
+def _(lab: Lab) -> None:
+    toml, home = lab.folder / "hub.toml", lab.folder / "home"
+    runs = {
+        "plain": 'hub = "someone/chats"',
+        "split": 'hub = "someone/chats"\nsplit = "train[:50%]"',
+        "revision": 'hub = "someone/chats"\nrevision = "v1"',
+        "subset": 'hub = "someone/pair"\nsubset = "large"',
+        "no subset": 'hub = "someone/pair"\nsubset = "middle"',
+        "streaming": 'hub = "someone/chats"\nstreaming = true',
+        "mix": '[[dataset.mix]]\nhub = "someone/pair"\nsubset = "small"\n[[dataset.mix]]\nhub = "someone/chats"\nsplit = "test"\nrevision = "v1"',
+    }
+    said = {}
+    with serve_hub() as endpoint:
+        for name, source in runs.items():
+            toml.write_text(lab.toml.read_text().replace(f'path = "{lab.data}"', source))
+            held_out = ["--validation.enable", "--validation.split", "test"] if name == "plain" else []
+            words = ["--training.steps", "1", "--training.global_batch_size", "1", "--job.dump_folder", str(lab.folder / "hub-run"), *held_out]
+            command = [sys.executable, str(ROOT / "train.py"), str(toml), *words]
+            done = subprocess.run(command, env=hub_environment(endpoint, home), capture_output=True, text=True, timeout=120, check=False)
+            said[name] = done.stdout + done.stderr
+    assert "600 documents" in said["plain"]
+    assert "validation loss" in said["plain"]
+    assert "300 documents" in said["split"]
+    assert "600 documents" in said["revision"]
+    assert "600 documents" in said["subset"]
+    assert "set dataset.subset to one of 'small', 'large'" in said["no subset"]
+    assert "someone/chats: streamed: its order depends on the number of data ranks" in said["streaming"]
+    assert "2 documents" in said["mix"]
+    assert len(list((home / "hub/datasets--someone--chats/snapshots").iterdir())) == 2, "both revisions were asked for"
 
 
 @shows("dataset.packing")
