@@ -248,7 +248,7 @@ class ChatTemplate:
                 through = self.render(messages[: index + 1], tools)
             except DataError:
                 return None  # a template that refuses a part of a conversation
-            if not (text.startswith(through) and through.startswith(before)):
+            if not (text.startswith(through) and through.startswith(before)) or (through == before and messages[index]["content"]):
                 return None
             ends = [end for _, end in self.tokenizer.find_special(through) if end > len(before)]
             spans.append((len(before), ends[-1] if ends else len(through)))

@@ -84,7 +84,7 @@ class TrainData:
         return [*describe_mix(self.index, self.mix), fill + (f"; the last {left_out} are left out" if left_out else "")]
 
     def steps_in_epochs(self, epochs: int) -> int:
-        """Steps that see every document at least ``epochs`` times, the last batch filled from the next epoch."""
+        """Steps that take all of so many epochs, the last batch filled from the next."""
         while len(self._epoch_ends) < epochs:
             self._plan_next_epoch()
         return -(-self._epoch_ends[epochs - 1] // self.global_batch_size)
@@ -114,7 +114,7 @@ class TrainData:
             batches=[self._build(micro) for micro in deal_rows(documents, self.share)],
             num_trained=int(sum(self.index.num_trained[row].sum() for row in documents)),
             num_tokens=int(sum(self.index.lengths[row].sum() for row in documents)),
-            epoch=epoch + (done - first) / self._rows_in(self._plan(epoch)),
+            epoch=epoch + ((done - first) / (self._epoch_ends[epoch] - first) if done > first else 0.0),
         )
 
     def _build(self, rows: list[np.ndarray]) -> Batch:

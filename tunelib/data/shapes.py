@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunelib.config.schema import Columns
+from tunelib.data.json_rows import find_lone_surrogate, has_half_escape
 from tunelib.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -224,9 +225,12 @@ def _read_tools(value: Any, column: str, where: str) -> list[Any] | None:
 
 def _parse_json(text: str, column: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: column {column!r} is text that is not JSON: {error}") from None
+        raise DataError(f"{where}: column {column!r} is text, and not the JSON of a list: {error}") from None
+    if has_half_escape(text) and (half := find_lone_surrogate({column: value})):
+        raise DataError(f"{where}: column {column!r} holds {half}, which is half of a character; no tokenizer can read it")
+    return value
 
 
 def _text_in(row: Row, column: str, where: str) -> str:

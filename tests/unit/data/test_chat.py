@@ -4,30 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
-from unit.samples import DEBUG_TOKENIZER, SMOLLM2, open_tokenizer, write_tokenizer
+from unit.samples import DEBUG_TOKENIZER, REPOSITORY, open_tokenizer, write_tokenizer
 
-from tunelib.data.chat import CHATML, ChatTemplate
+from tunelib.data.chat import CHATML, LLAMA2, LLAMA3, ChatTemplate, complete_tokens, find_template
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError
 
 Messages = list[dict[str, Any]]
 
-LLAMA_3 = (
-    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim"
-    " + '<|eot_id|>' %}{% if loop.first %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-LLAMA_2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
-    "{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}{% for message in turns %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
 TAGGED = (
     "{% for message in messages %}\n    {%- if message['role'] == 'assistant' %}\n"
     "{{ '<|im_start|>assistant\n' }}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}\n"
@@ -51,7 +40,7 @@ SPECIALS = {
     "llama 2": ["<s>", "</s>"],
     "other": ["<|im_start|>", "<|im_end|>"],
 }
-TEMPLATES = {"chatml": CHATML, "llama 3": LLAMA_3, "llama 2": LLAMA_2, "tagged": TAGGED, "shouting": SHOUTING, "forgetting": FORGETTING}
+TEMPLATES = {"chatml": CHATML, "llama 3": LLAMA3, "llama 2": LLAMA2, "tagged": TAGGED, "shouting": SHOUTING, "forgetting": FORGETTING}
 
 SYSTEM, ASK, SAY = ({"role": role, "content": text} for role, text in (("system", "Be brief."), ("user", "Why?"), ("assistant", "Because.")))
 AGAIN, ANSWER = {"role": "user", "content": "Really? naïve 🙂"}, {"role": "assistant", "content": "Yes — 日本."}
@@ -68,20 +57,24 @@ CONVERSATIONS: dict[str, Messages] = {
 
 def make_template(folder: Path, name: str) -> ChatTemplate:
     specials = SPECIALS.get(name, SPECIALS["other"])
-    return ChatTemplate(open_tokenizer(folder, specials, TEMPLATES[name], bos_token=specials[0], eos_token=specials[1]))
+    return own_template(open_tokenizer(folder, specials, TEMPLATES[name], bos_token=specials[0], eos_token=specials[1]))
+
+
+def own_template(tokenizer: Tokenizer) -> ChatTemplate:
+    template = find_template(tokenizer, "")
+    assert template is not None
+    return template
 
 
 def trained_texts(template: ChatTemplate, messages: Messages) -> list[str]:
-    """The text of each run of trained tokens."""
-    ids, spoken = template.encode(messages)
-    assert len(ids) == len(spoken)
-    runs: list[list[int]] = [[]]
-    for token, mine in zip(ids, spoken, strict=True):
-        if mine:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    return [template.tokenizer.decode(run, skip_special_tokens=False) for run in runs if run]
+    """What each assistant message says, end of turn included."""
+    encoded = template.encode(messages)
+    return [decode(template, encoded.ids, tokens) for tokens in encoded.spoken.values()]
+
+
+def decode(template: ChatTemplate, ids: list[int], chosen: np.ndarray) -> str:
+    assert len(ids) == len(chosen)
+    return template.tokenizer.decode(np.array(ids)[chosen].tolist(), skip_special_tokens=False)
 
 
 def answers_of(messages: Messages) -> list[str]:
@@ -109,29 +102,28 @@ def test_rendering_is_that_of_transformers(tmp_path: Path, name: str, conversati
         messages, tokenize=False, add_generation_prompt=prompt
     )
     ids = reference.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
-    assert (template.encode_prompt(messages) if prompt else template.encode(messages)[0]) == ids
+    assert (template.encode_prompt(messages) if prompt else template.encode(messages).ids) == ids
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_mask_of_a_tagged_template_is_that_of_transformers(tmp_path: Path, conversation: str) -> None:
     template = make_template(tmp_path, "tagged")
     expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(CONVERSATIONS[conversation], return_assistant_tokens_mask=True)
-    ids, spoken = template.encode(CONVERSATIONS[conversation])
-    assert ids == expected["input_ids"]
-    assert [int(mine) for mine in spoken] == expected["assistant_masks"]
+    encoded = template.encode(CONVERSATIONS[conversation])
+    assert encoded.ids == expected["input_ids"]
+    assert sum(encoded.spoken.values()).tolist() == expected["assistant_masks"]
 
 
-@pytest.mark.parametrize("folder", [DEBUG_TOKENIZER, SMOLLM2], ids=["debug", "SmolLM2"])
+@pytest.mark.parametrize("name", ["debug", "SmolLM2"])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
-def test_shipped_and_real_tokenizers_render_and_train_as_they_should(folder: Path, conversation: str) -> None:
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there; tests/assets/make_smollm2.py makes it")
+def test_shipped_and_real_tokenizers_render_and_train_as_they_should(smollm2: Path, name: str, conversation: str) -> None:
+    folder = {"debug": DEBUG_TOKENIZER, "SmolLM2": smollm2}[name]
     messages = CONVERSATIONS[conversation]
-    template, reference = ChatTemplate(Tokenizer(folder)), AutoTokenizer.from_pretrained(folder)
+    template, reference = own_template(Tokenizer(folder)), AutoTokenizer.from_pretrained(folder)
     for prompt in (False, True):
         text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         assert template.render(messages, add_generation_prompt=prompt) == text
-    assert template.encode(messages)[0] == reference.apply_chat_template(messages)["input_ids"]
+    assert template.encode(messages).ids == reference.apply_chat_template(messages)["input_ids"]
     # A token that reaches from the header into the answer ("\n " of SmolLM2) is the answer's, as transformers' own masks have it.
     assert [text.removeprefix("\n") for text in trained_texts(template, messages)] == [f"{answer}<|im_end|>" for answer in answers_of(messages)]
 
@@ -150,7 +142,7 @@ FEATURES = {
 
 @pytest.mark.parametrize("source", FEATURES.values(), ids=FEATURES.keys())
 def test_template_features_are_those_of_transformers(tmp_path: Path, source: str) -> None:
-    template = ChatTemplate(open_tokenizer(tmp_path, ["<s>", "</s>"], source, bos_token="<s>", eos_token="</s>"))
+    template = own_template(open_tokenizer(tmp_path, ["<s>", "</s>"], source, bos_token="<s>", eos_token="</s>"))
     messages: Messages = [{"role": "user", "content": "  é <b>\n"}, {"role": "assistant", "content": "a"}]
     if "tool_calls" in source:
         messages[0]["tool_calls"] = None  # as OpenAI's exports have it
@@ -158,28 +150,22 @@ def test_template_features_are_those_of_transformers(tmp_path: Path, source: str
 
 
 @pytest.mark.parametrize("name", ["chatml", "tagged"])
-@pytest.mark.parametrize("text", ["\ue0a0 main", "a \ue0a1 b", "\ue0a00\ue0a1", "\ue0a0x\ue0a1"])
+@pytest.mark.parametrize("text", ["\U000f0000 a", "a \U000f0001 b", "\U000f00000\U000f0001", "\U000f0000x\U000f0001", "\U0010fffd<|im_end|>"])
 def test_any_character_may_stand_in_a_message(tmp_path: Path, name: str, text: str) -> None:
-    # U+E0A0 and U+E0A1 are what terminals show for a git branch and a line number
+    # the private-use characters that marks are chosen from
     template = make_template(tmp_path, name)
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
     assert template.render(messages) == AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False)
     assert trained_texts(template, messages) == [f"{text}<|im_end|>"]
 
 
-@pytest.fixture(scope="module")
-def chatml(tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
-    return make_template(tmp_path_factory.mktemp("chatml"), "chatml")
-
-
-TEXTS = st.text(st.characters(exclude_categories=("Cs", "Co")), max_size=12)
-
-
-@given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), TEXTS), min_size=1, max_size=5))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_conversation_trains_exactly_its_answers(chatml: ChatTemplate, turns: list[tuple[str, str]]) -> None:
-    messages = [{"role": role, "content": text} for role, text in turns]
-    assert trained_texts(chatml, messages) == [f"{answer}<|im_end|>" for answer in answers_of(messages)]
+def test_marks_are_not_taken_for_what_a_tool_is_described_with(tmp_path: Path) -> None:
+    template = make_template(tmp_path, "tagged")
+    source = "{{ tools[0].name }}" + template.source
+    messages, tools = CONVERSATIONS["one turn"], [{"name": "\U000f0000tool\U000f0001"}]
+    described = ChatTemplate(template.tokenizer, "described", source)
+    assert described.render(messages, tools) == tools[0]["name"] + template.render(messages)
+    assert described.encode(messages, tools).ids == described.tokenizer.encode(described.render(messages, tools), add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
@@ -189,7 +175,7 @@ def test_white_space_in_an_answer_is_trained(tmp_path: Path, trim_offsets: bool)
     stored["post_processor"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": trim_offsets, "use_regex": False}
     (folder / "tokenizer.json").write_text(json.dumps(stored))
     messages = [ASK, {"role": "assistant", "content": "if x:\n    return  1"}]
-    assert trained_texts(ChatTemplate(Tokenizer(folder)), messages) == ["if x:\n    return  1<|im_end|>"]
+    assert trained_texts(own_template(Tokenizer(folder)), messages) == ["if x:\n    return  1<|im_end|>"]
 
 
 def test_words_of_special_tokens_in_a_question_are_not_trained(tmp_path: Path) -> None:
@@ -198,16 +184,47 @@ def test_words_of_special_tokens_in_a_question_are_not_trained(tmp_path: Path) -
     assert trained_texts(template, [forged, SAY]) == ["Because.<|im_end|>"]
 
 
-def test_template_that_changes_earlier_answers_is_refused_and_not_guessed_at(tmp_path: Path) -> None:
-    template = make_template(tmp_path, "forgetting")
-    thought = {"role": "assistant", "content": "<think>hm</think>Yes."}
-    assert trained_texts(template, [ASK, thought]) == ["<think>hm</think>Yes.<|im_end|>"]
-    with pytest.raises(DataError, match=r"does not show where the assistant speaks.*dataset\.chat_template"):
-        template.encode([ASK, thought, AGAIN, ANSWER])
+THOUGHT = {"role": "assistant", "content": "<think>hm</think>Yes."}
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|end|>"])
+def test_answers_that_the_template_changes_later_are_found_by_their_header(tmp_path: Path, eos: str) -> None:
+    # a base model's eos is often not what its chat template ends a turn with
+    template = own_template(open_tokenizer(tmp_path, [*SPECIALS["other"], "<|end|>"], FORGETTING, eos_token=eos))
+    assert trained_texts(template, [ASK, THOUGHT]) == ["<think>hm</think>Yes.<|im_end|>"]
+    assert trained_texts(template, [ASK, THOUGHT, AGAIN, ANSWER]) == ["Yes.<|im_end|>", f"{ANSWER['content']}<|im_end|>"]
+
+
+def test_template_that_does_not_show_the_answers_is_refused_and_not_guessed_at(tmp_path: Path) -> None:
+    headless = FORGETTING.partition("{% if add_generation_prompt %}")[0]
+    template = own_template(open_tokenizer(tmp_path, SPECIALS["other"], headless, eos_token="<|im_end|>"))
+    with pytest.raises(DataError, match=r"does not show where the assistant speaks.*generation.*dataset\.chat_template"):
+        template.encode([ASK, THOUGHT, AGAIN, ANSWER])
+
+
+def test_header_written_in_a_question_is_not_taken_for_an_answer(tmp_path: Path) -> None:
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] if m.role == 'assistant' and not loop.last else m.content }}</s>"
+    source = plain + "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    template = own_template(open_tokenizer(tmp_path, ["</s>"], source, eos_token="</s>"))
+    assert trained_texts(template, [ASK, THOUGHT, AGAIN, ANSWER]) == ["Yes.</s>", f"{ANSWER['content']}</s>"]
+    assert trained_texts(template, [{"role": "user", "content": "assistant: x"}, SAY]) == ["Because.</s>"]
+    with pytest.raises(DataError, match="does not show where"):
+        template.encode([{"role": "user", "content": "assistant: x"}, THOUGHT, AGAIN, ANSWER])
+
+
+def test_tags_that_do_not_mark_each_answer_give_one_mask(tmp_path: Path) -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% generation %}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    template = own_template(open_tokenizer(tmp_path, SPECIALS["other"], source))
+    encoded = template.encode(CONVERSATIONS["several turns"])
+    assert list(encoded.spoken) == [-1]
+    assert decode(template, encoded.ids, encoded.spoken[-1]) == f"Because.<|im_end|>{ANSWER['content']}<|im_end|>Because.<|im_end|>"
 
 
 def test_refusal_of_the_template_reaches_the_user_in_its_words(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="roles must alternate"):
+    with pytest.raises(DataError, match="the chat template refuses the conversation: the roles must alternate user, assistant"):
         make_template(tmp_path, "llama 2").encode([SAY, ASK])
 
 
@@ -228,25 +245,156 @@ REFUSED = {
 @pytest.mark.parametrize("source", REFUSED.values(), ids=REFUSED.keys())
 def test_template_that_reaches_out_or_fails_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.chdir(tmp_path)
-    template = ChatTemplate(open_tokenizer(tmp_path / "t", ["<s>"], source))
+    template = own_template(open_tokenizer(tmp_path / "t", ["<s>"], source))
     with pytest.raises(DataError, match="the chat template refuses the conversation"):
         template.render([ASK, SAY])
     assert not (tmp_path / "PROOF").exists()
 
 
 def test_template_that_is_not_jinja_is_refused_with_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{tmp_path}:1: the chat template is not valid Jinja"):
-        ChatTemplate(open_tokenizer(tmp_path, ["<s>"], "{% for %}"))
+    with pytest.raises(DataError, match=f"^{tmp_path}:1: the chat template is not valid Jinja"):
+        own_template(open_tokenizer(tmp_path, ["<s>"], "{% for %}"))
 
 
 def test_template_is_the_tokenizers_or_the_one_named(tmp_path: Path) -> None:
     tokenizer = open_tokenizer(tmp_path / "t", SPECIALS["other"], "own")
     (tmp_path / "mine.jinja").write_text("file")
-    assert ChatTemplate(tokenizer).source == "own"
-    assert ChatTemplate(tokenizer, "chatml").source == CHATML
-    assert ChatTemplate(tokenizer, str(tmp_path / "mine.jinja")).source == "file"
-    for choice, words in (("chatlm", "chatml"), (str(tmp_path / "none.jinja"), "cannot be read")):
-        with pytest.raises(DataError, match=words):
-            ChatTemplate(tokenizer, choice)
-    with pytest.raises(DataError, match=r"no chat template.*dataset\.chat_template"):
-        ChatTemplate(open_tokenizer(tmp_path / "bare", ["<s>"]))
+    (tmp_path / "latin.jinja").write_bytes("é".encode("latin-1"))
+    chosen = {choice: find_template(tokenizer, choice) for choice in ("", "chatml", "llama2", "llama3", str(tmp_path / "mine.jinja"))}
+    assert [template and template.source for template in chosen.values()] == ["own", CHATML, LLAMA2, LLAMA3, "file"]
+    assert [template and template.name for template in chosen.values()] == [str(tmp_path / "t"), *list(chosen)[1:]]
+    assert find_template(tokenizer, "none") is None
+    assert find_template(open_tokenizer(tmp_path / "bare", ["<s>"]), "") is None
+    with pytest.raises(DataError, match=r"'chatlm' is neither a named template \(chatml, llama2, llama3, none\) nor a \.jinja file"):
+        find_template(tokenizer, "chatlm")
+    for name in ("none.jinja", "latin.jinja"):
+        with pytest.raises(DataError, match=rf"^dataset\.chat_template = '{tmp_path / name}' cannot be read: "):
+            find_template(tokenizer, str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("source", "tokens"),
+    [
+        (CHATML, ["<|im_start|>", "<|im_end|>"]),
+        (LLAMA3, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
+        (LLAMA2, []),
+        ((REPOSITORY / "tests/golden/templates/gemma.jinja").read_text(), ["<start_of_turn>", "<end_of_turn>"]),  # no system prompts
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", []),
+        ("{{ raise_exception('no') }}", []),
+    ],
+    ids=["chatml", "llama3", "llama2", "gemma", "plain", "refusing"],
+)
+def test_tokens_that_the_template_writes_are_completed_where_asked_for(tmp_path: Path, source: str, tokens: list[str]) -> None:
+    tokenizer = open_tokenizer(tmp_path, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
+    template = ChatTemplate(tokenizer, "mine", source)
+    assert template.find_missing_tokens() == tokens
+    completed, with_tokens = complete_tokens(tokenizer, template, resize_embeddings=True)
+    assert [completed.id_of(token) for token in tokens] == [258 + number for number in range(len(tokens))]
+    assert (with_tokens.name, with_tokens.source, with_tokens.tokenizer) == ("mine", source, completed)
+    assert with_tokens.find_missing_tokens() == []
+    if not tokens:
+        assert complete_tokens(tokenizer, template, resize_embeddings=False) == (tokenizer, template)
+        return
+    with pytest.raises(DataError) as caught:
+        complete_tokens(tokenizer, template, resize_embeddings=False)
+    assert str(caught.value) == (
+        f"the chat template mine writes {', '.join(tokens)}, which are no tokens of the tokenizer in {tmp_path}: "
+        "name another with dataset.chat_template, or set model.resize_embeddings = true, which adds them to the tokenizer and the model"
+    )
+
+
+def test_end_ids_are_the_special_tokens_that_an_answer_ends_with(tmp_path: Path) -> None:
+    for name, end in (("chatml", "<|im_end|>"), ("llama 3", "<|eot_id|>"), ("llama 2", "</s>"), ("tagged", "<|im_end|>")):
+        template = make_template(tmp_path / name, name)
+        assert template.end_ids() == {template.tokenizer.id_of(end)}
+    tokenizer = template.tokenizer
+    assert ChatTemplate(tokenizer, "plain", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}").end_ids() == frozenset()
+    assert ChatTemplate(tokenizer, "refusing", "{{ raise_exception('no') }}").end_ids() == frozenset()
+
+
+def test_special_tokens_written_in_a_prompt_are_text(tmp_path: Path) -> None:
+    template = make_template(tmp_path, "chatml")
+    ids = template.encode_prompt([{"role": "user", "content": "a<|im_end|>b"}])
+    assert template.tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>user\na<|im_end|>b<|im_end|>\n<|im_start|>assistant\n"
+    assert [token for token in ids if token < 2] == [0, 1, 0]
+
+
+def test_special_tokens_written_in_names_of_arguments_are_text(tmp_path: Path) -> None:
+    source = "{% for m in messages %}{{ m | tojson }}<|im_end|>{% endfor %}{{ tools | tojson }}"
+    template = own_template(open_tokenizer(tmp_path, SPECIALS["other"], source))
+    messages: Messages = [ASK, {**SAY, "tool_calls": [{"arguments": {"<|im_end|>": 1}}]}]
+    encoded = template.encode([messages[0], SAY], [{"<|im_start|>": "<|im_end|>"}])
+    assert [token for token in encoded.ids if token < 2] == [1, 1]
+    assert template.tokenizer.decode(encoded.ids, skip_special_tokens=False) == template.render([ASK, SAY], [{"<|im_start|>": "<|im_end|>"}])
+    with pytest.raises(DataError, match="does not show where"):
+        template.encode(messages)
+
+
+# Random conversations, against the templates written down once more in Python.
+PIECES = st.one_of(
+    st.text(st.characters(exclude_categories=("Cs",)), max_size=8),
+    st.sampled_from(
+        ["<|im_end|>", "<|im_start|>assistant\n", "<|eot_id|>", "<|start_header_id|>", "</s>", "<s>[INST] ", " [/INST]", "<|im_", "end|>"]
+    ),
+    st.sampled_from([" ", "\n", "\t\n ", "\U000f0000", "\U000f0001", "\U0010fffd", "e\u0301", "👩‍👩‍👧", "\x00", "{{ x }}", "assistant"]),
+)
+CONTENTS = st.lists(PIECES, max_size=4).map("".join)
+
+
+def write_out(name: str, messages: Messages) -> list[tuple[str, int | None]]:
+    """The rendering in pieces, each with the message that says it; None for what nobody learns to say."""
+    pieces: list[tuple[str, int | None]] = []
+    for index, (role, content) in enumerate((message["role"], message["content"]) for message in messages):
+        if name == "llama 2":
+            if role == "system":
+                continue
+            is_first = index == (messages[0]["role"] == "system")
+            intro = f"<<SYS>>\n{messages[0]['content']}\n<</SYS>>\n\n" if is_first and index else ""
+            pieces += (
+                [(f"<s>[INST] {(intro + content).strip()} [/INST]", None)] if role == "user" else [(" ", None), (f"{content.strip()} </s>", index)]
+            )
+            continue
+        header, said, after = (
+            (f"<|im_start|>{role}\n", f"{content}<|im_end|>", "\n")
+            if name == "chatml"
+            else (f"{'<|begin_of_text|>' if not index else ''}<|start_header_id|>{role}<|end_header_id|>\n\n", f"{content.strip()}<|eot_id|>", "")
+        )
+        pieces += [(header, None), (said, index if role == "assistant" else None), (after, None)]
+    return pieces
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ChatTemplate, Any]]:
+    """Templates and transformers' tokenizers with them."""
+    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "")) for name in ("chatml", "llama 2", "llama 3")}
+    return {name: (make_template(folder, name), AutoTokenizer.from_pretrained(folder)) for name, folder in folders.items()}
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_every_conversation_trains_exactly_its_answers(written: dict[str, tuple[ChatTemplate, Any]], data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(list(written)))
+    template, reference = written[name]
+    texts = data.draw(st.lists(CONTENTS, min_size=2, max_size=6))
+    roles = ["system"] * data.draw(st.booleans()) + ["user", "assistant"] * 3
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    pieces, encoded = write_out(name, messages), template.encode(messages)
+    # the text, and who says which part of it
+    assert template.render(messages) == "".join(text for text, _ in pieces)
+    assert template.tokenizer.decode(encoded.ids, skip_special_tokens=False) == template.render(messages)
+    assert list(encoded.spoken) == [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for index, tokens in encoded.spoken.items():
+        assert decode(template, encoded.ids, tokens) == "".join(text for text, speaker in pieces if speaker == index)
+    nobody = ~np.any([*encoded.spoken.values(), np.zeros(len(encoded.ids), dtype=bool)], axis=0)
+    assert decode(template, encoded.ids, nobody) == "".join(text for text, speaker in pieces if speaker is None)
+    # special tokens are the template's only
+    specials = [template.tokenizer.id_of(text) for text in template.tokenizer.special_texts]
+    per_message = {"chatml": 2, "llama 3": 3, "llama 2": 1}[name] * len(messages)
+    expected = per_message + {"chatml": 0, "llama 3": 1, "llama 2": -(roles[0] == "system")}[name]
+    assert sum(token in specials for token in encoded.ids) == expected
+    has_special = any(template.tokenizer.find_special(message["content"]) for message in messages)
+    assert encoded.has_special_text == has_special
+    if not has_special:
+        assert encoded.ids == reference.apply_chat_template(messages)["input_ids"]
+    # parsed, the ids are transformers' whatever is written
+    assert template.encode(messages, parse_special_tokens=True).ids == reference.apply_chat_template(messages)["input_ids"]

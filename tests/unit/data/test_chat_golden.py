@@ -239,7 +239,7 @@ def test_mask_of_generation_tags_is_that_of_transformers(open_setup: Callable[[s
     assert sum(encoded.spoken.values()).tolist() == expected["assistant_masks"]
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3"])
+@pytest.mark.parametrize("name", NAMED_TEMPLATES)
 def test_named_template_is_the_published_one(open_setup: Callable[[str], Opened], name: str) -> None:
     published = open_setup(name).template
     named = ChatTemplate(published.tokenizer, name, NAMED_TEMPLATES[name])

@@ -12,6 +12,7 @@ from unit.samples import make_index
 from tunelib.batch import IGNORED, Batch
 from tunelib.data.index import Index
 from tunelib.data.loader import HeldOutData, Share, TrainData, build_batch
+from tunelib.errors import DataError
 
 SEQ_LEN, GLOBAL = 12, 8
 ALONE = Share(rank=0, num_ranks=1, rows=GLOBAL)
@@ -25,8 +26,14 @@ def mixed_index(num_documents: int = 60) -> Index:
     )
 
 
-def train_data(index: Index, share: Share = ALONE, packing: bool = True, seed: int = 5, global_batch_size: int = GLOBAL) -> TrainData:
-    return TrainData(index, SEQ_LEN, packing, seed, global_batch_size, share)
+def train_data(
+    index: Index, share: Share = ALONE, packing: bool = True, seed: int = 5, global_batch_size: int = GLOBAL, last_batch: str = "fill"
+) -> TrainData:
+    return TrainData(index, SEQ_LEN, packing, seed, global_batch_size, share, last_batch)
+
+
+def build_rows(index: Index, rows: list[list[int]], packing: bool) -> Batch:
+    return build_batch([index.read_row(np.array(row, dtype=np.int64)) for row in rows], SEQ_LEN, packing)
 
 
 def rows_in(batches: list[Batch]) -> list[tuple[list[int], list[int], list[int]]]:
@@ -66,6 +73,72 @@ def test_trained_tokens_known_beforehand_are_those_in_the_batches() -> None:
     for number in range(1, 12):
         steps = [data.step(number) for data in ranks]
         assert steps[0].num_trained == sum(len(place_labels(batch)) for step in steps for batch in step.batches)
+
+
+@given(
+    st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=40),
+    st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 4), (4, 1), (4, 2)]),
+    st.integers(1, 3),
+    st.booleans(),
+    st.sampled_from(["fill", "drop"]),
+    st.integers(0, 2**63 - 1),
+    st.lists(st.integers(1, 12), min_size=1, max_size=4),
+)
+@settings(max_examples=80, deadline=None)
+def test_step_is_a_function_of_its_number_alone(
+    lengths: list[int], layout: tuple[int, int], per_rank: int, packing: bool, last_batch: str, seed: int, steps: list[int]
+) -> None:
+    (num_ranks, rows), index = layout, make_index(lengths)
+    size = 4 * per_rank  # what 1, 2 and 4 ranks can share
+    if last_batch == "drop" and len(lengths) < size * SEQ_LEN:
+        lengths = lengths * size * SEQ_LEN  # rows enough for a batch
+        index = make_index(lengths)
+    alone = train_data(index, Share(0, 1, size), packing, seed, size, last_batch)
+    for step in range(1, max(steps)):
+        alone.step(step)  # an uninterrupted run has seen all before; a resumed one begins anywhere
+    ranks = [train_data(index, Share(rank, num_ranks, rows), packing, seed, size, last_batch) for rank in range(num_ranks)]
+    for step in steps:
+        reference, found = alone.step(step), [rank.step(step) for rank in ranks]
+        assert [row for of_rank in found for row in rows_in(of_rank.batches)] == rows_in(reference.batches)
+        assert {(of_rank.num_trained, of_rank.num_tokens, of_rank.epoch) for of_rank in found} == {
+            (reference.num_trained, reference.num_tokens, reference.epoch)
+        }
+
+
+def test_dropping_leaves_out_the_last_rows_of_each_epoch_and_says_so() -> None:
+    index = make_index([SEQ_LEN] * 19)
+    data = train_data(index, last_batch="drop")
+    assert [data.steps_in_epochs(epochs) for epochs in (1, 2, 3)] == [2, 4, 6]
+    seen = []
+    for epoch in range(3):
+        rows = [row for step in (2 * epoch + 1, 2 * epoch + 2) for row in data.rows_of(step)]
+        assert {of for of, _ in rows} == {epoch}
+        documents = [int(document) for _, row in rows for document in row]
+        assert len(set(documents)) == len(documents) == 16
+        seen.append(frozenset(documents))
+    assert len(set(seen)) == 3  # other documents are left out in each
+    assert data.step(2).epoch == 1.0
+    assert "19 rows an epoch, 100.00% full; the last 3 are left out" in data.notes
+
+
+def test_dropping_all_of_an_epoch_is_an_error() -> None:
+    data = train_data(make_index([SEQ_LEN] * 7), last_batch="drop")
+    with pytest.raises(DataError, match=r"an epoch has 7 rows, less than training\.global_batch_size = 8, and dataset\.last_batch"):
+        data.step(1)
+
+
+def test_small_epochs_are_each_whole_where_a_batch_spans_several() -> None:
+    data = train_data(make_index([SEQ_LEN] * 3), global_batch_size=40)
+    rows = [(epoch, int(row[0])) for step in (3, 1, 2) for epoch, row in data.rows_of(step)]
+    counts = Counter(rows)
+    assert set(counts.values()) == {1}
+    assert {epoch for epoch, _ in rows} == set(range(40))
+
+
+def test_step_far_ahead_costs_no_more_memory_than_the_next_one() -> None:
+    data = train_data(make_index([SEQ_LEN] * 8))
+    data.step(500)
+    assert len(data._plans) <= 2
 
 
 @given(st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 4), st.booleans())
@@ -143,20 +216,19 @@ def test_document_lengths_cut_rows_into_documents_and_padding(packing: bool) -> 
 
 def test_packed_rows_are_seq_len_wide_and_single_documents_as_wide_as_the_longest() -> None:
     index = make_index([3, 5, 2])
-    rows = [np.array([0]), np.array([1])]
-    assert build_batch(index, rows, SEQ_LEN, packing=True).tokens.shape == (2, SEQ_LEN)
-    assert build_batch(index, rows, SEQ_LEN, packing=False).tokens.shape == (2, 5)
+    assert build_rows(index, [[0], [1]], packing=True).tokens.shape == (2, SEQ_LEN)
+    assert build_rows(index, [[0], [1]], packing=False).tokens.shape == (2, 5)
 
 
 def test_padding_is_its_own_document_and_never_trained() -> None:
-    batch = build_batch(make_index([3]), [np.array([0])], SEQ_LEN, packing=True)
+    batch = build_rows(make_index([3]), [[0]], packing=True)
     assert batch.document_lengths == (3, SEQ_LEN - 3)
     assert (batch.labels[0, 3:] == IGNORED).all()
     assert batch.positions[0].tolist() == [0, 1, 2, *range(SEQ_LEN - 3)]
 
 
 def test_full_row_has_no_padding() -> None:
-    batch = build_batch(make_index([SEQ_LEN - 4, 4]), [np.array([0, 1])], SEQ_LEN, packing=True)
+    batch = build_rows(make_index([SEQ_LEN - 4, 4]), [[0, 1]], packing=True)
     assert batch.document_lengths == (SEQ_LEN - 4, 4)
 
 
@@ -167,7 +239,7 @@ def test_held_out_documents_are_all_seen_once_on_every_layout(packing: bool, num
     batches = [list(HeldOutData(index, SEQ_LEN, packing, Share(rank, num_ranks, rows)).batches()) for rank in range(num_ranks)]
     assert len({len(of_rank) for of_rank in batches}) == 1
     pairs = sorted(pair for of_rank in batches for batch in of_rank for pair in place_labels(batch))
-    whole = build_batch(index, [np.array([number]) for number in range(17)], SEQ_LEN, packing=False)
+    whole = build_rows(index, [[number] for number in range(17)], packing=False)
     assert pairs == sorted(place_labels(whole))
     num_trained = sum(int((batch.labels != IGNORED).sum()) for of_rank in batches for batch in of_rank)
     assert HeldOutData(index, SEQ_LEN, packing, ALONE).num_trained == num_trained == int(index.num_trained.sum())
@@ -177,6 +249,7 @@ def test_order_of_the_data_is_part_of_its_fingerprint() -> None:
     index = mixed_index()
     usual = train_data(index).fingerprint
     others = [train_data(index, seed=6), train_data(index, packing=False), train_data(index, global_batch_size=4), train_data(mixed_index(59))]
+    others.append(train_data(index, last_batch="drop"))
     assert all(other.fingerprint != usual for other in others)
     assert train_data(index, Share(1, 4, 1)).fingerprint == usual
     assert usual.items() >= index.fingerprint.items()
