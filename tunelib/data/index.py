@@ -193,7 +193,10 @@ def choose_template(found: Sequence[FoundSource], section: Dataset, tokenizer: T
         )
     if not needing and not taking:
         default = Dataset()
-        for name in ("chat_template", "train_on"):
+        without_effect = ["chat_template", "train_on"]
+        if all(source.format == "tokens" for source in found):
+            without_effect.append("parse_special_tokens")
+        for name in without_effect:
             if getattr(section, name) != getattr(default, name):
                 raise DataError(f"{found[0].opened.name}: the data is {found[0].format!r}, for which dataset.{name} has no effect; remove it")
     return template

@@ -25,7 +25,7 @@ from tunelib.errors import DataError
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Tokenizer:
     """A token per byte; eos has the id 1."""
-    return open_tokenizer(tmp_path / "tokenizer", ["<s>", "</s>", "<|im_start|>", "<|im_end|>"], CHATML, eos_token="</s>")
+    return open_tokenizer(tmp_path / "tokenizer", ["<s>", "</s>", "<|im_start|>", "<|im_end|>"], CHATML, bos_token="<s>", eos_token="</s>")
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
