@@ -174,7 +174,6 @@ from tunelib.config.schema import Dataset
 from tunelib.data.index import build_index, find_sources
 from tunelib.data.tokenizer import Tokenizer
 import tunelib.data.readers as readers
-readers.TEXT_PART_CHARS = 1 << 17
 tokenizer = Tokenizer(Path(sys.argv[3]))
 def build(path):
     section = Dataset(path=path, cache_folder=sys.argv[2])

@@ -96,7 +96,8 @@ class Builder:
         self.remarks |= remarks
         if self.too_long == "error" and self.num_seen - 1 > self.seq_len:
             where = self.source.where(file, self.first_line)
-            raise DataError(f"{where}: more than {self.seq_len + 1} tokens do not fit training.seq_len = {self.seq_len}; see dataset.too_long")
+            number = self.num_seen if is_last else f"more than {self.seq_len + 1}"
+            raise DataError(f"{where}: {number} tokens do not fit training.seq_len = {self.seq_len}; see dataset.too_long")
         self.pending = np.concatenate([self.pending, marked]) if len(self.pending) else marked
         self.pending_lines = np.concatenate([self.pending_lines, lines]) if len(self.pending_lines) else lines
         if self.too_long == "split":

@@ -16,6 +16,7 @@ themselves. Special tokens that are written in the conversation itself are text:
 
 import bisect
 import datetime
+import difflib
 import functools
 import json
 import re
@@ -320,8 +321,10 @@ def find_template(tokenizer: Tokenizer, choice: str) -> ChatTemplate | None:
             raise DataError(f"dataset.chat_template = {choice!r} cannot be read: {error}") from None
     if choice:
         if choice not in NAMED_TEMPLATES:
-            names = ", ".join((*NAMED_TEMPLATES, NO_TEMPLATE))
-            raise DataError(f"dataset.chat_template = {choice!r} is neither a named template ({names}) nor a .jinja file")
+            names = (*NAMED_TEMPLATES, NO_TEMPLATE)
+            near = difflib.get_close_matches(choice.lower(), names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"dataset.chat_template = {choice!r} is neither a named template ({', '.join(names)}) nor a .jinja file{hint}")
         return ChatTemplate(tokenizer, choice, NAMED_TEMPLATES[choice])
     return ChatTemplate(tokenizer, str(tokenizer.folder), tokenizer.chat_template) if tokenizer.chat_template is not None else None
 

@@ -159,19 +159,24 @@ def see_format(opened: OpenedSource, source: Source) -> FoundSource:
     if first is None:
         raise DataError(f"{opened.name} holds no document")
     where = opened.where(first.file, first.line)
-    if isinstance(first, RawText):
+    row = None if isinstance(first, RawText) else parse_row(first.content, where)
+    if row is None:
         if source.format not in ("auto", "text"):
             raise DataError(f'{where}: a plain text file is no {source.format!r}; set dataset.format = "text", or give rows of JSON')
         format, why = "text", "a plain text file"
     elif source.format == "auto":
-        format, columns = detect_format(parse_row(first.content, where), source.columns, where)
+        format, columns = detect_format(row, source.columns, where)
         why = f"by {columns} of its first row"
     else:
         format, why = source.format, ""
     default = Columns()
     for name, value in vars(source.columns).items():
-        if value != getattr(default, name) and name not in FORMAT_COLUMNS[format]:
+        if value == getattr(default, name):
+            continue
+        if name not in FORMAT_COLUMNS[format]:
             raise DataError(f"{where}: the data is {format!r}, for which dataset.columns.{name} has no effect; remove it, or set dataset.format")
+        if row is not None and value not in row:
+            raise DataError(f"{where}: no column {value!r} (dataset.columns.{name}) among {sorted(row)}; the first row must have each that is named")
     shares = {"weight": source.weight, "repeats": source.repeats} if isinstance(source, MixedSource) else {}
     return FoundSource(opened, format, why, source.columns, **shares)
 
@@ -274,6 +279,8 @@ def describe_reading(
     found: FoundSource, section: Dataset, seq_len: int, tokenizer: Tokenizer, template: ChatTemplate | None, vocab_size: int
 ) -> tuple[Reading, str, dict[str, Any]]:
     """How a source's rows become documents, what happens to long ones, and name → value of everything that decides it."""
+    if found.format in CONVERSATIONS and template is None:
+        raise DataError(f"{found.opened.name}: the data is {found.format!r}, but what is trained on is not, so that there is no chat template for it")
     own_template = template if found.format not in ("text", "tokens") else None
     reading = Reading(
         tokenizer=tokenizer,

@@ -21,7 +21,7 @@ from tunelib.data.streams import CHUNK_BYTES, COMPRESSIONS, MAX_LINE_BYTES, dama
 from tunelib.errors import DataError
 
 KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt", ".md")
-TEXT_PART_CHARS = 1 << 20
+TEXT_PART_CHARS = 1 << 17
 PARQUET_BATCH_ROWS = 256
 
 

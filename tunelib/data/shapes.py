@@ -69,11 +69,21 @@ def detect_format(row: Row, columns: Columns, where: str) -> tuple[str, str]:
     """
     names = {format: _columns_of(format, row, columns) for format in NEEDED_COLUMNS}
     found = [format for format, needed in names.items() if all(column in row for column in needed)]
-    if len(found) != 1:
-        raise DataError(
-            f"{where}: columns {sorted(row)} fit {' and '.join(found) or 'no format'}: set dataset.format, and dataset.columns for other names"
-        )
+    if len(found) > 1:
+        raise DataError(f"{where}: columns {sorted(row)} fit {' and '.join(found)}: choose one with dataset.format")
+    if not found:
+        known = "; ".join(f"{' and '.join(map(repr, needed))} for {format}" for format, needed in names.items())
+        raise DataError(f"{where}: columns {sorted(row)} fit no format, which takes {known}: dataset.columns names other columns")
     return found[0], " and ".join(repr(name) for name in names[found[0]])
+
+
+def check_columns(row: Row, format: str, columns: Columns, where: str) -> None:
+    """Make sure that a row has the columns that its format needs; raises DataError."""
+    for column in _columns_of(format, row, columns):
+        if column not in row:
+            raise DataError(
+                f"{where}: no column {column!r} among {sorted(row)}, though the data is read as {format!r}; dataset.columns names other columns"
+            )
 
 
 def read_conversation(row: Row, format: str, columns: Columns, where: str) -> Conversation:
@@ -151,8 +161,6 @@ def _read_messages(row: Row, column: str, where: str) -> tuple[list[Message], li
     listed = row.get(column)
     if isinstance(listed, str):  # a CSV file holds lists as JSON
         listed = _parse_json(listed, column, where)
-    if column not in row:
-        raise DataError(f"{where}: no column {column!r} among {sorted(row)}; dataset.columns names them")
     if not isinstance(listed, list) or not listed:
         raise DataError(f"{where}: column {column!r} is not a list of messages: {_shorten(listed)}")
     messages = [_read_message(message, f"{where}: message {number}") for number, message in enumerate(listed)]
@@ -234,16 +242,12 @@ def _parse_json(text: str, column: str, where: str) -> Any:
 
 
 def _text_in(row: Row, column: str, where: str) -> str:
-    if column not in row:
-        raise DataError(f"{where}: no column {column!r} among {sorted(row)}; dataset.columns names them")
     if not isinstance(row[column], str):
         raise DataError(f"{where}: column {column!r} is not text: {_shorten(row[column])}")
     return row[column]
 
 
 def _ints_in(row: Row, column: str, where: str) -> list[int]:
-    if column not in row:
-        raise DataError(f"{where}: no column {column!r} among {sorted(row)}; dataset.columns names them")
     values = row[column]
     if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
         raise DataError(f"{where}: column {column!r} is not a list of whole numbers: {_shorten(values)}")

@@ -132,7 +132,8 @@ def parse_row(content: bytes | Row, where: str) -> Row:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: byte {error.start} of the line is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}; a .jsonl file has one JSON object a line") from None
+        hint = "; if the file is one JSON array, name it .json" if text.lstrip().startswith("[") else ""
+        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}; a .jsonl file has one JSON object a line{hint}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
