@@ -11,7 +11,7 @@ import numpy as np
 
 from tunelib.config.schema import Columns
 from tunelib.data.chat import ChatTemplate, EncodedChat
-from tunelib.data.shapes import Conversation, Row, check_columns, read_continuation, read_conversation, read_text, read_tokens
+from tunelib.data.shapes import Conversation, Row, read_continuation, read_conversation, read_text, read_tokens
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError
 
@@ -84,7 +84,6 @@ class Encoder:
         """
         format, columns, plain = self.reading.format, self.reading.columns, not self.reading.parse_special_tokens
         remarks = 0
-        check_columns(row, format, columns, where)
         if format == "tokens":
             listed, marks = read_tokens(row, columns, where)
             return Document(self._mark(listed, np.array(marks, dtype=bool), where), 0)

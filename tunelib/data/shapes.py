@@ -77,17 +77,9 @@ def detect_format(row: Row, columns: Columns, where: str) -> tuple[str, str]:
     return found[0], " and ".join(repr(name) for name in names[found[0]])
 
 
-def check_columns(row: Row, format: str, columns: Columns, where: str) -> None:
-    """Make sure that a row has the columns that its format needs; raises DataError."""
-    for column in _columns_of(format, row, columns):
-        if column not in row:
-            raise DataError(
-                f"{where}: no column {column!r} among {sorted(row)}, though the data is read as {format!r}; dataset.columns names other columns"
-            )
-
-
 def read_conversation(row: Row, format: str, columns: Columns, where: str) -> Conversation:
     """The conversation of a row of a format that has one; raises DataError."""
+    _check_columns(row, format, columns, where)
     tools = _read_tools(row.get(columns.tools), columns.tools, where) if format != "instruct" else None
     flags: list[bool | None]
     num_prompt = 0
@@ -116,6 +108,7 @@ def read_conversation(row: Row, format: str, columns: Columns, where: str) -> Co
 
 def read_continuation(row: Row, columns: Columns, where: str) -> Continuation:
     """A prompt and its completion that no template joins; raises DataError."""
+    _check_columns(row, "prompt_completion", columns, where)
     for column in (columns.prompt, columns.completion):
         if isinstance(row.get(column), list):
             raise DataError(f"{where}: column {column!r} holds messages, which need a chat template: name one with dataset.chat_template")
@@ -126,11 +119,13 @@ def read_continuation(row: Row, columns: Columns, where: str) -> Continuation:
 
 def read_text(row: Row, columns: Columns, where: str) -> str:
     """The document of a text row; raises DataError."""
+    _check_columns(row, "text", columns, where)
     return _text_in(row, columns.text, where)
 
 
 def read_tokens(row: Row, columns: Columns, where: str) -> tuple[list[int], list[bool]]:
     """The ids of a pre-tokenised row, and which of them are trained; raises DataError."""
+    _check_columns(row, "tokens", columns, where)
     ids = _ints_in(row, columns.input_ids, where)
     has_labels, has_mask = (row.get(column) is not None for column in (columns.labels, columns.mask))
     if has_labels and has_mask:
@@ -155,6 +150,15 @@ def _columns_of(format: str, row: Row, columns: Columns) -> tuple[str, ...]:
     """The columns that a row needs for a format; ShareGPT's own name stands in where nothing else was asked for."""
     names = tuple(getattr(columns, name) for name in NEEDED_COLUMNS[format])
     return ("conversations",) if names == ("messages",) and "messages" not in row and "conversations" in row else names
+
+
+def _check_columns(row: Row, format: str, columns: Columns, where: str) -> None:
+    """Make sure that a row has the columns that its format needs; raises DataError."""
+    for column in _columns_of(format, row, columns):
+        if column not in row:
+            raise DataError(
+                f"{where}: no column {column!r} among {sorted(row)}, though the data is read as {format!r}; dataset.columns names other columns"
+            )
 
 
 def _read_messages(row: Row, column: str, where: str) -> tuple[list[Message], list[bool | None]]:

@@ -107,7 +107,9 @@ def test_too_long_is_an_error_as_soon_as_it_is_seen_and_names_the_line_where_the
     builder.add(np.arange(9, dtype=np.int32), np.full(9, 2), 0, 2)
     builder.add(np.arange(5, dtype=np.int32), np.full(5, 30), 0, 30, is_last=False)
     with pytest.raises(DataError, match=r"^data\.txt:30: more than 9 tokens do not fit training\.seq_len = 8; see dataset\.too_long$"):
-        builder.add(np.arange(5, dtype=np.int32), np.full(5, 31), 0, 31)
+        builder.add(np.arange(5, dtype=np.int32), np.full(5, 31), 0, 31, is_last=False)
+    with pytest.raises(DataError, match=r"^data\.txt:40: 11 tokens do not fit"):
+        new_builder(8, "error").add(np.arange(11, dtype=np.int32), np.full(11, 40), 0, 40)
 
 
 def test_remarks_of_a_document_are_counted_once_however_many_parts_have_them() -> None:

@@ -170,7 +170,11 @@ def test_tags_that_do_not_mark_each_answer_train_all_answers_or_none(tokenizer: 
 
 
 ERRORS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "not of the format": ({}, {"text": "t"}, "no column 'messages' among ['text']; dataset.columns names them"),
+    "not of the format": (
+        {},
+        {"text": "t"},
+        "no column 'messages' among ['text'], though the data is read as 'chat'; dataset.columns names other columns",
+    ),
     "refused by the template": (
         {"template": "{{ raise_exception('no tools') }}"},
         TWO_TURNS,

@@ -157,17 +157,18 @@ def detect(**row: Any) -> Callable[[], object]:
 
 
 NOT_A_FLAG = "a message is trained (1, true) or not (0, false)"
-NAMES = "dataset.columns names them"
+NAMES = "dataset.columns names other columns"
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "no format": (
         detect(words="w", id=1),
-        "columns ['id', 'words'] fit no format: set dataset.format, and dataset.columns for other names",
+        "columns ['id', 'words'] fit no format, which takes 'messages' for chat; 'prompt' and 'completion' for prompt_completion; "
+        f"'instruction' and 'output' for instruct; 'text' for text; 'input_ids' for tokens: {NAMES}",
     ),
     "two formats": (
         detect(messages=[], text="t"),
-        "columns ['messages', 'text'] fit chat and text: set dataset.format, and dataset.columns for other names",
+        "columns ['messages', 'text'] fit chat and text: choose one with dataset.format",
     ),
-    "no column of messages": (row_of("chat", text="t"), f"no column 'messages' among ['text']; {NAMES}"),
+    "no column of messages": (row_of("chat", text="t"), f"no column 'messages' among ['text'], though the data is read as 'chat'; {NAMES}"),
     "messages null": (row_of("chat", messages=None), "column 'messages' is not a list of messages: null"),
     "no messages": (chat(), "column 'messages' is not a list of messages: []"),
     "one message": (row_of("chat", messages=ASK), 'column \'messages\' is not a list of messages: {"role": "user", "content": "q"}'),
@@ -248,8 +249,14 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         'column \'tools\' is not a list of tools, which are objects: {"type": "function", "function": {"name": "f"}}',
     ),
     "names of tools": (chat(ASK, SAY, tools=["f"]), "column 'tools' is not a list of tools, which are objects: [\"f\"]"),
-    "no prompt": (row_of("prompt_completion", completion="a"), f"no column 'prompt' among ['completion']; {NAMES}"),
-    "no completion": (row_of("prompt_completion", prompt="q"), f"no column 'completion' among ['prompt']; {NAMES}"),
+    "no prompt": (
+        row_of("prompt_completion", completion="a"),
+        f"no column 'prompt' among ['completion'], though the data is read as 'prompt_completion'; {NAMES}",
+    ),
+    "no completion": (
+        row_of("prompt_completion", prompt="q"),
+        f"no column 'completion' among ['prompt'], though the data is read as 'prompt_completion'; {NAMES}",
+    ),
     "completion as messages, prompt not": (
         row_of("prompt_completion", prompt="q", completion=[SAY]),
         'column \'completion\' is not text: [{"role": "assistant", "content": "a"}]',
@@ -258,7 +265,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         row_of("prompt_completion", prompt=[ASK], completion="a"),
         "column 'completion' is text, and not the JSON of a list: Expecting value: line 1 column 1 (char 0)",
     ),
-    "no instruction": (row_of("instruct", output="a"), f"no column 'instruction' among ['output']; {NAMES}"),
+    "no instruction": (row_of("instruct", output="a"), f"no column 'instruction' among ['output'], though the data is read as 'instruct'; {NAMES}"),
     "no output": (row_of("instruct", instruction="q", output=None), "column 'output' is not text: null"),
     "input a number": (row_of("instruct", instruction="q", input=3, output="a"), "column 'input' is not text: 3"),
     "messages without template": (
@@ -269,10 +276,13 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         continuation(prompt="q", completion="a", system="s"),
         "a system prompt or tools need a chat template: name one with dataset.chat_template",
     ),
-    "continuation without prompt": (continuation(completion="a"), f"no column 'prompt' among ['completion']; {NAMES}"),
-    "no text": (lambda: read_text({"words": "w"}, COLUMNS, WHERE), f"no column 'text' among ['words']; {NAMES}"),
+    "continuation without prompt": (
+        continuation(completion="a"),
+        f"no column 'prompt' among ['completion'], though the data is read as 'prompt_completion'; {NAMES}",
+    ),
+    "no text": (lambda: read_text({"words": "w"}, COLUMNS, WHERE), f"no column 'text' among ['words'], though the data is read as 'text'; {NAMES}"),
     "text null": (lambda: read_text({"text": None}, COLUMNS, WHERE), "column 'text' is not text: null"),
-    "no ids": (tokens(ids=[1]), f"no column 'input_ids' among ['ids']; {NAMES}"),
+    "no ids": (tokens(ids=[1]), f"no column 'input_ids' among ['ids'], though the data is read as 'tokens'; {NAMES}"),
     "ids that are no numbers": (tokens(input_ids=[1, 2.0]), "column 'input_ids' is not a list of whole numbers: [1, 2.0]"),
     "ids in text": (tokens(input_ids="1 2"), "column 'input_ids' is not a list of whole numbers: \"1 2\""),
     "labels and mask": (
