@@ -24,7 +24,7 @@ from tunelib.checkpoint.state import RunState, model_tensors, optimizer_tensors,
 from tunelib.config import Config, check_own_config, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
 from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words
-from tunelib.data.stream import StreamData
+from tunelib.data.stream import Ranks, StreamData
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import Stopped, TunelibError
 from tunelib.files import replace_file
@@ -47,7 +47,7 @@ from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.mesh import build_layout
-from tunelib.parallel.reduce import agreed, any_rank, check_finite, check_same, clip_gradients, gather_objects, sum_counts, sum_over_ranks
+from tunelib.parallel.reduce import agree, agreed, any_rank, check_finite, check_same, clip_gradients, gather_objects, sum_over_ranks
 from tunelib.parallel.runtime import DTYPES, Runtime, StopSignal, hold_folder, leave, run_main, start, step_timeout
 from tunelib.schedule import lr_factor
 
@@ -89,13 +89,13 @@ def main(argv: list[str]) -> None:
                 assert words is not None, "checked in config/check.py"
                 training, section, rows_of_model = config.training, config.validation, weights.config.vocab_size
                 held_out_where = HeldOut(section.path, section.split, section.fraction)
-                index, held_out_index = build_documents(words, config.dataset, training.seq_len, rows_of_model, held_out_where, console.say)
+                documents = build_documents(words, config.dataset, training.seq_len, rows_of_model, held_out_where, console.say)
                 batches = Batches(training.seq_len, training.global_batch_size, training.seed, share)
-                train_data = build_train_data(words, config.dataset, index, rows_of_model, batches, sum_counts)
-                data_lines = [describe_documents(index), *index.notes] if index else []
-                data_lines += train_data.notes
-                if held_out_index is not None:
-                    held_out = HeldOutData(held_out_index, training.seq_len, config.dataset.packing, share)
+                train_data = build_train_data(words, config.dataset, documents.train, rows_of_model, batches, Ranks(agree, gather_objects))
+                data_lines = [describe_documents(train_data)] if isinstance(train_data, TrainData) else []
+                data_lines += [*documents.notes, *words.notes, *train_data.notes]
+                if documents.held_out is not None:
+                    held_out = HeldOutData(documents.held_out, training.seq_len, config.dataset.packing, share)
                 prompts = encode_prompts(section.prompts, words.tokenizer, words.template)
 
             # How the weights will leave: in the form they came in, with the words that were trained on.
@@ -145,7 +145,8 @@ def main(argv: list[str]) -> None:
             if same_layout:
                 restore_rng(tensors, runtime.rank, runtime.device)
             if isinstance(train_data, StreamData) and decision.state.streams is not None:
-                train_data.restore(decision.state.streams[layout.data_rank])
+                with agreed():
+                    train_data.restore(decision.state.streams[layout.data_rank])
         if step >= num_steps:
             console.say(f"this run is finished at step {step}; extend it with more --training.steps or --training.epochs (now {num_steps} steps)")
 
@@ -196,6 +197,8 @@ def main(argv: list[str]) -> None:
             finished_epochs = train_data.epochs_after(step), train_data.epochs_after(step + 1)
             step, tokens_seen = step + 1, tokens_seen + work.num_tokens
             summary.add_step(work.num_tokens, time.monotonic() - begun, loss)
+            if isinstance(train_data, StreamData) and step in (first_step, num_steps):
+                console.say("\n".join(train_data.report))
             if step % config.metrics.log_freq == 0 or step == num_steps:
                 row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "epoch": work.epoch, "tokens": tokens_seen}
                 row |= summary.speed() | {"memory_gib": peak_memory_gib(runtime.device)}

@@ -51,7 +51,7 @@ def measure(data: str, cache: str, tokenizer: str, num_workers: int | None) -> d
     section = Dataset(path=data, cache_folder=cache)
     begun = time.monotonic()
     words = find_words(section, Path(tokenizer), resize_embeddings=False)
-    index, _ = build_documents(words, section, SEQ_LEN, words.tokenizer.vocab_size, HeldOut(), num_workers=num_workers)
+    index = build_documents(words, section, SEQ_LEN, words.tokenizer.vocab_size, HeldOut(), num_workers=num_workers).train
     assert index is not None
     seconds, tokens = time.monotonic() - begun, float(index.lengths.sum())
     if num_workers is None:

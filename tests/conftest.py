@@ -58,13 +58,13 @@ def open_train_data(path: Path, seq_len: int = 128, global_batch_size: int = 8) 
     """The training rows of a file, with the shipped tokenizer, as one process takes them."""
     from tunelib.config.schema import Dataset
     from tunelib.data.loader import Share
-    from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words
+    from tunelib.data.prepare import ALONE, Batches, HeldOut, build_documents, build_train_data, find_words
 
     section = Dataset(path=str(path))
     words = find_words(section, TOKENIZER, resize_embeddings=False)
     vocab_size = words.tokenizer.vocab_size
-    index, _ = build_documents(words, section, seq_len, vocab_size, HeldOut())
-    return build_train_data(words, section, index, vocab_size, Batches(seq_len, global_batch_size, 0, Share(0, 1, global_batch_size)))
+    index = build_documents(words, section, seq_len, vocab_size, HeldOut()).train
+    return build_train_data(words, section, index, vocab_size, Batches(seq_len, global_batch_size, 0, Share(0, 1, global_batch_size)), ALONE)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
     },
     "someone/tools": {"README.md": b"#", "train.jsonl": lines(TOOLS)},
     "someone/broken": {"README.md": b"#", "train.jsonl": b'{"text": "a"}\n{"text": \n'},
+    "someone/flawed": {"README.md": b"#", "train.jsonl": lines([*TRAIN[:3], {"messages": TRAIN[3]["messages"][:1]}, *TRAIN[4:40]])},
     "someone/empty": {"README.md": b"# nothing yet"},
 }
 

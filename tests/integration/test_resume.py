@@ -158,7 +158,7 @@ def test_changed_data_or_initial_weights_stop_the_resume_by_name(train: Callable
     with pytest.raises(CheckpointError, match=r"  checkpoint\.initial_load_path: '' then"):
         train(other, "--training.steps", "4", "--checkpoint.initial_load_path", str(run.folder / "export"), folder=run.folder)
     write_chats(tmp_path / "chats.jsonl", 201)
-    with pytest.raises(CheckpointError, match="  data: "):
+    with pytest.raises(CheckpointError, match="  content of the data: "):
         train(toml, "--training.steps", "4", folder=run.folder)
 
 
@@ -281,7 +281,7 @@ def test_ranks_that_read_other_data_are_told_so(tmp_path: Path, toml: Path) -> N
             worker.kill()
             worker.wait()
     assert [worker.returncode for worker in workers] == [2, 2]
-    assert "data" in said[0]
+    assert "content of the data" in said[0]
     assert "differ; give every machine the same files" in said[0]
     assert "Traceback" not in said[0] + said[1]
 

@@ -50,3 +50,11 @@ def test_streamed_run_resumes_exactly(world_size: int, toml: Path, tmp_path: Pat
     assert len(whole.series("validation_loss")) == 2
     with pytest.raises(AssertionError, match=r"data ranks: \d then, \d now"):
         run_processes([words("halves", 9)], 3 - world_size)
+
+
+def test_row_that_one_rank_cannot_read_is_named_by_all(toml: Path, tmp_path: Path) -> None:
+    words = [str(toml), "--job.dump_folder", str(tmp_path / "flawed"), "--training.steps", "9", "--dataset.hub", "someone/flawed"]
+    with pytest.raises(AssertionError) as caught:  # with what the first of the processes, rank 0, has printed
+        run_processes([[*words, "--validation.no-enable"]], 2)
+    assert "someone/flawed[train] of rank 1, row 2: no message is the assistant's" in str(caught.value)
+    assert "Connection closed" not in str(caught.value)

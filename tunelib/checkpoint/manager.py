@@ -28,6 +28,8 @@ STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 KINDS = ("full", "model", "seed")
 CONFIG_FILE = "config.toml"
 MODEL_FILE = "config.json"
+CONSEQUENCES = "consequences"
+"""Name of the part of a run's identity that follows from the rest; told only where nothing else has changed."""
 
 
 @dataclass(frozen=True)
@@ -254,14 +256,26 @@ def check_identity(saved: dict[str, Any], today: dict[str, Any]) -> None:
     Raises:
         CheckpointError: naming each thing that changed.
     """
-    names = sorted({*saved, *today})
-    changed = [f"  {name}: {saved.get(name)!r} then, {today.get(name)!r} now" for name in names if saved.get(name) != today.get(name)]
-    if changed:
+    changed = list_changes("", saved, today)
+    causes = {name: line for name, line in changed.items() if not name.startswith(CONSEQUENCES)}
+    if lines := list((causes or changed).values()):
         raise CheckpointError(
-            "the checkpoint belongs to another run; since then there changed:\n" + "\n".join(changed) + "\n"
+            "the checkpoint belongs to another run; since then there changed:\n" + "\n".join(lines) + "\n"
             "Set them back, or give --job.dump_folder a new folder (and the checkpoint's weights to --checkpoint.initial_load_path), "
             "or start over with --checkpoint.resume never."
         )
+
+
+def list_changes(above: str, saved: dict[str, Any], today: dict[str, Any]) -> dict[str, str]:
+    """Name → line for each thing that is not what it was; of a table only the keys that changed."""
+    changed: dict[str, str] = {}
+    for name in sorted({*saved, *today}):
+        then, now = saved.get(name), today.get(name)
+        if isinstance(then, dict) and isinstance(now, dict):
+            changed |= list_changes(f"{above}{name}: ", then, now)
+        elif then != now:
+            changed[above + name] = f"  {above}{name}: {then!r} then, {now!r} now"
+    return changed
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -112,7 +112,7 @@ def find_shape_fault(schema_field: Field, flag: Flag, negated: bool) -> str | No
     if not flag.words:
         return f"needs a value after it: {schema_field.flag} {schema_field.choices[0] if schema_field.choices else schema_field.kind.upper()}"
     if len(flag.words) > 1:
-        return f"takes one value, and {show_value(flag.words[1])} is left over; put quotes around a value with spaces"
+        return f"takes one value, and {show_value(flag.words[1])} is left over; put quotes around a value with spaces, or a pattern"
     return None
 
 

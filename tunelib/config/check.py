@@ -34,6 +34,10 @@ class Checked:
         """The place of a key's value and the value, as a message begins."""
         return str(self.settings[key]) if key in self.settings else f"{self.file}: {key} = {show_value(self.value(key))} (default)"
 
+    def at_table(self, key: str, number: int) -> str:
+        """The place of one of a list of tables, counted from 0, and its name, as a message begins."""
+        return f"{self.settings[key].tables[number]}: table {number + 1} of [[{key}]]"
+
     def first_at(self, *keys: str) -> str:
         """The place of the first of the keys that was written; else of the first."""
         return self.at(next((key for key in keys if key in self.settings), keys[0]))
@@ -65,29 +69,47 @@ def find_length_fault(checked: Checked) -> Iterator[str]:
 
 
 def find_data_fault(checked: Checked) -> Iterator[str]:
-    dataset = checked.config.dataset
-    if not (dataset.path or dataset.hub or dataset.mix or checked.config.checkpoint.create_seed_checkpoint):
+    dataset, needs_none = checked.config.dataset, checked.config.checkpoint.create_seed_checkpoint
+    if dataset.path or dataset.hub or dataset.mix:
+        return
+    if not needs_none:
         yield f"{checked.file}: there is nothing to train on; write 'path = \"data.jsonl\"' under [dataset]"
+    elif checked.config.model.resize_embeddings:
+        why = "which tokens are added follows from the chat template, and whether there is one from the data"
+        yield f"{checked.at('model.resize_embeddings')}: {why}; write 'path = \"data.jsonl\"' under [dataset]"
 
 
 def find_mix_fault(checked: Checked) -> Iterator[str]:
     """Tables that name no source, and weights that only some have: a share cannot be worked out from those."""
     mix = checked.config.dataset.mix
-    for number, source in enumerate(mix, start=1):
-        if not source.path and not source.hub:
-            yield f"{checked.at('dataset.mix')}: table {number} names no source; give it a path or a hub"
-    if any(source.weight is not None for source in mix):
-        for number, source in enumerate(mix, start=1):
-            if source.weight is None:
-                given = f"repeats = {source.repeats:g}" if source.repeats is not None else "no weight"
-                name = source.path or source.hub
-                yield f"{checked.at('dataset.mix')}: table {number} ({name}) has {given}, but others a weight; give all a weight, or none"
+    has_weights = any(source.weight is not None for source in mix)
+    for number, source in enumerate(mix):
+        place, name = checked.at_table("dataset.mix", number), source.path or source.hub
+        if not name:
+            yield f"{place} names no source; give it a path or a hub"
+        if has_weights and source.weight is None:
+            given = f"repeats = {source.repeats:g}" if source.repeats is not None else "no weight"
+            yield f"{place}{f' ({name})' if name else ''} has {given}, but others a weight; give all a weight, or none"
 
 
 def find_validation_fault(checked: Checked) -> Iterator[str]:
-    validation = checked.config.validation
-    if validation.enable and not validation.path and not validation.split and validation.fraction is None:
-        yield f"{checked.at('validation.enable')}: needs held-out documents; give validation.path (a file) or validation.fraction (such as 0.05)"
+    dataset, validation = checked.config.dataset, checked.config.validation
+    if not validation.enable or validation.path or validation.split or validation.fraction is not None:
+        return
+    ways = ["validation.path (a file)"]
+    if dataset.hub:
+        ways.append(f"validation.split (another split of {show_value(dataset.hub)})")
+    if not dataset.streaming:
+        ways.append("validation.fraction (such as 0.05)")
+    yield f"{checked.at('validation.enable')}: needs held-out documents; give {', '.join(ways[:-1])} or {ways[-1]}"
+
+
+def find_epoch_fault(checked: Checked) -> Iterator[str]:
+    """Saving by epochs of a stream, which has none."""
+    if checked.config.checkpoint.interval_type == "epochs" and checked.config.dataset.streaming:
+        stream = f"a stream has no epochs, and dataset.streaming is true ({checked.settings['dataset.streaming'].origin})"
+        way = 'set checkpoint.interval_type = "steps" or "seconds", or dataset.streaming = false'
+        yield f"{checked.at('checkpoint.interval_type')}: {stream}; {way}"
 
 
 def find_folder_fault(checked: Checked) -> Iterator[str]:
@@ -221,9 +243,10 @@ def find_long_rows(checked: Checked, longest: object, source: str) -> Iterator[s
 
 RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...] = (
     (("training.steps", "training.epochs", "checkpoint.create_seed_checkpoint"), find_length_fault),
-    (("dataset.path", "dataset.hub", "dataset.mix", "checkpoint.create_seed_checkpoint"), find_data_fault),
+    (("dataset.path", "dataset.hub", "dataset.mix", "checkpoint.create_seed_checkpoint", "model.resize_embeddings"), find_data_fault),
     (("dataset.mix",), find_mix_fault),
-    (("validation.enable", "validation.path", "validation.split", "validation.fraction"), find_validation_fault),
+    (("validation.enable", "validation.path", "validation.split", "validation.fraction", "dataset.hub", "dataset.streaming"), find_validation_fault),
+    (("checkpoint.interval_type", "dataset.streaming"), find_epoch_fault),
     (("checkpoint.folder",), find_folder_fault),
     (("parallelism.",), find_degree_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),

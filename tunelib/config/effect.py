@@ -1,24 +1,25 @@
 """Which settings do something: what each key needs to have an effect, and which keys exclude each other.
 
 Within one layer a key without effect, or two keys that exclude each other, are a mistake. Across layers the higher one wins: what a
-lower layer said is dropped, with one notice, so that one flag can switch off a section of a shipped file.
+lower layer said is dropped, with one notice, so that one flag can switch off a section of a shipped file. What needs a dropped key is
+dropped with it, unless it stands in the layer that dropped the key, or above.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from tunelib.config.fields import FIELDS, TABLE_FIELDS, is_unset, show_value
-from tunelib.config.schema import FORMAT_COLUMNS, Columns
+from tunelib.config.schema import FORMAT_COLUMNS
 from tunelib.config.settings import Problem, Setting
 
 
 @dataclass(frozen=True)
 class Need:
-    """``keys`` have an effect unless ``switch`` has one of the values ``off``."""
+    """``keys`` have an effect unless ``switch`` has one of the values ``off``; where there are none, unless it is given."""
 
     keys: tuple[str, ...]
     switch: str
-    off: tuple[object, ...]
+    off: tuple[object, ...] = ()
 
 
 def keys_of(section: str, *without: str) -> tuple[str, ...]:
@@ -46,6 +47,7 @@ NEEDS = (
     Need(("optimizer.momentum",), "optimizer.name", ("AdamW",)),
     Need(("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor"), "lr_scheduler.decay_type", ("constant",)),
     Need(keys_of("model.rope_scaling", "model.rope_scaling.rope_type"), "model.rope_scaling.rope_type", ("default",)),
+    Need(("dataset.subset", "dataset.split", "dataset.revision", "dataset.format", *keys_of("dataset.columns")), "dataset.mix"),
     *needs_of_source("dataset"),
     *needs_of_source("dataset.mix"),
     Need(("dataset.train_on", "dataset.chat_template"), "dataset.format", ("text", "tokens")),
@@ -62,10 +64,21 @@ EXCLUSIVE = (
     ("validation.split", "validation.fraction"),
     *((f"{section}.path", f"{section}.hub") for section in ("dataset", "dataset.mix")),
     ("dataset.mix.weight", "dataset.mix.repeats"),
-    *(("dataset.mix", f"dataset.{name}") for name in ("path", "hub", "format", *(f"columns.{field.name}" for field in fields(Columns)))),
+    ("dataset.mix", "dataset.path"),
+    ("dataset.mix", "dataset.hub"),
     *(("checkpoint.initial_load_path", key) for key in keys_of("model", "model.tokenizer_path", "model.resize_embeddings")),
 )
 """Pairs of which at most one may be given."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A setting that went, and the one of a higher layer that did it."""
+
+    gone: Setting
+    cause: Setting
+    verb: str
+    """What the cause does to it, for a notice."""
 
 
 @dataclass
@@ -74,30 +87,76 @@ class Effects:
 
     settings: dict[str, Setting]
     problems: list[Problem] = field(default_factory=list)
-    dropped: list[tuple[Setting, Setting, str]] = field(default_factory=list)
-    """(cause, dropped, why) each."""
+    drops: dict[str, Drop] = field(default_factory=dict)
 
     @property
     def notices(self) -> list[str]:
         """One line per cause."""
-        causes: dict[tuple[str, str], list[str]] = {(str(cause), why): [] for cause, _, why in self.dropped}
-        for cause, gone, why in self.dropped:
-            causes[str(cause), why].append(f"{gone.key} ({gone.origin})")
-        return [f"{cause}: {why} {', '.join(gone)}" for (cause, why), gone in causes.items()]
+        causes: dict[tuple[str, str], list[str]] = {}
+        for drop in self.drops.values():
+            causes.setdefault((str(drop.cause), drop.verb), []).append(f"{drop.gone.key} ({drop.gone.origin})")
+        return [f"{cause}: {verb} {', '.join(gone)}" for (cause, verb), gone in causes.items()]
+
+    def drop(self, gone: Setting, cause: Setting, verb: str) -> None:
+        self.drops[gone.key] = Drop(self.settings.pop(gone.key), cause, verb)
 
 
 def resolve_effects(settings: dict[str, Setting], broken: set[str]) -> Effects:
     """Settings without those that a higher layer made idle; ``broken`` keys have an unknown value and judge nothing."""
     effects = Effects(dict(settings))
+    for layer in sorted({setting.origin.layer for setting in settings.values()}, reverse=True):  # so that only what stands drops others
+        drop_excluded(layer, effects)
+        drop_idle(layer, effects, broken)
+    find_problems(effects, broken)
+    return effects
+
+
+def drop_excluded(layer: int, effects: Effects) -> None:
+    """Drops what settings of this layer exclude in lower ones."""
+    for pair in EXCLUSIVE:
+        if all(is_given(key, effects.settings) for key in pair):
+            low, high = sorted((effects.settings[key] for key in pair), key=lambda setting: setting.origin.layer)
+            if low.origin.layer < high.origin.layer == layer:
+                effects.drop(low, high, "takes the place of")
+
+
+def drop_idle(layer: int, effects: Effects, broken: set[str]) -> None:
+    """Drops what settings of this layer turn off in lower ones, what needs that, and so on."""
+    num_drops = -1
+    while len(effects.drops) > num_drops:
+        num_drops = len(effects.drops)
+        for idle, need in list_idle(effects.settings, broken):
+            cause, verb = find_cause(need, effects)
+            if cause and idle.origin.layer < cause.origin.layer == layer:
+                effects.drop(idle, cause, verb)
+
+
+def find_cause(need: Need, effects: Effects) -> tuple[Setting | None, str]:
+    """The setting by which the switch is as it is, or what dropped the switch; and what that does to the keys that need it."""
+    if need.switch in effects.settings:
+        return effects.settings[need.switch], "turns off" if need.off else "takes the place of"
+    drop = effects.drops.get(need.switch)
+    return (drop.cause, drop.verb) if drop else (None, "")
+
+
+def find_problems(effects: Effects, broken: set[str]) -> None:
+    """What is still idle, and pairs that are left, are mistakes; each key is named in one."""
     flagged: set[str] = set()
-    for need in NEEDS:
-        for key in need.keys:
-            if key in effects.settings and key not in flagged and need.switch not in broken and is_off(need, effects.settings):
-                flagged |= settle_idle(key, need, effects)
+    for idle, need in list_idle(effects.settings, broken):
+        if idle.key not in flagged:
+            effects.problems.append(Problem(explain_idle(idle, need, effects.settings), (idle.key,)))
+            flagged.add(idle.key)
     for one, other in EXCLUSIVE:
         if not flagged & {one, other} and is_given(one, effects.settings) and is_given(other, effects.settings):
-            flagged |= settle_excluded(one, other, effects)
-    return effects
+            effects.problems.append(Problem(explain_pair(effects.settings[one], effects.settings[other]), (one, other)))
+            flagged.add(other)
+
+
+def list_idle(settings: dict[str, Setting], broken: set[str]) -> Iterator[tuple[Setting, Need]]:
+    """Each setting without effect, with the need that it lacks."""
+    for need in NEEDS:
+        if need.switch not in broken and is_off(need, settings):
+            yield from ((settings[key], need) for key in need.keys if key in settings)
 
 
 def has_effect(key: str, settings: dict[str, Setting]) -> bool:
@@ -107,27 +166,18 @@ def has_effect(key: str, settings: dict[str, Setting]) -> bool:
     return not any(key in pair and is_given(pair[pair[0] == key], settings) for pair in EXCLUSIVE)
 
 
-def settle_idle(key: str, need: Need, effects: Effects) -> set[str]:
-    """Drops the key if a higher layer turned it off; else it is a problem, and the key is returned."""
-    idle, switch = effects.settings[key], effects.settings.get(need.switch)
-    if switch and switch.origin.layer > idle.origin.layer:
-        effects.dropped.append((switch, effects.settings.pop(key), "turns off"))
-        return set()
+def explain_idle(idle: Setting, need: Need, settings: dict[str, Setting]) -> str:
+    if not need.off:
+        return f"{idle}: has no effect beside [[{need.switch}]] ({settings[need.switch].origin}); write it inside its tables"
+    switch = settings.get(need.switch)
     value, place = (switch.value, str(switch.origin)) if switch else (default_of(need.switch), "the default")
     state = "is not given" if is_unset(value) else f"is {show_value(value)} ({place})"
-    effects.problems.append(Problem(f"{idle}: has no effect while {need.switch} {state}; {advise(need, idle)}, or remove this", (key,)))
-    return {key}
+    return f"{idle}: has no effect while {need.switch} {state}; {advise(need, idle)}, or remove this"
 
 
-def settle_excluded(one: str, other: str, effects: Effects) -> set[str]:
-    """Drops the key of the lower layer; in one layer it is a problem, and the later key is returned."""
-    low, high = sorted((effects.settings[one], effects.settings[other]), key=lambda setting: setting.origin.layer)
-    if low.origin.layer < high.origin.layer:
-        effects.dropped.append((high, effects.settings.pop(low.key), "takes the place of"))
-        return set()
-    place = low.origin if low.origin.file else low.written
-    effects.problems.append(Problem(f"{high}: excludes {low.key} = {show_value(low.value)} ({place}); keep one of the two", (one, other)))
-    return {other}
+def explain_pair(one: Setting, other: Setting) -> str:
+    place = one.origin if one.origin.file else one.written
+    return f"{other}: excludes {one.key} = {show_value(one.value)} ({place}); keep one of the two"
 
 
 def advise(need: Need, idle: Setting) -> str:
@@ -146,7 +196,7 @@ def advise(need: Need, idle: Setting) -> str:
 
 def is_off(need: Need, settings: dict[str, Setting]) -> bool:
     value = settings[need.switch].value if need.switch in settings else default_of(need.switch)
-    return value in need.off
+    return value in need.off if need.off else not is_unset(value)
 
 
 def default_of(key: str) -> object:

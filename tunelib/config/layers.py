@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tunelib.config.effect import resolve_effects
@@ -190,15 +190,17 @@ def read_value(setting: Setting, found: Files) -> None:
 
 def read_list_of_tables(document: Document, setting: Setting, path: tuple[str, ...], found: Files) -> None:
     """One value of all tables, each judged by itself: an unknown key, a bad value, a key without effect."""
-    tables, num_problems = [], len(found.problems)
+    tables, places, num_problems = [], [], len(found.problems)
     for number, table in enumerate(typing.cast(list, setting.value)):
         inner = Files()
         read_entry(document, table, setting.key, (*path, number), setting.origin.layer, inner)
-        effects = resolve_effects({item.key: item for item in inner.settings}, set())
+        broken = {key for problem in inner.problems for key in problem.keys}
+        effects = resolve_effects({item.key: item for item in inner.settings if item.key not in broken}, broken)
         found.problems += [Problem(problem.message, (setting.key,)) for problem in [*inner.problems, *effects.problems]]
         tables.append(fill_section(setting.key, TABLE_SECTIONS, {key: item.value for key, item in effects.settings.items()}))
+        places.append(replace(setting.origin, line=document.lines.lines.get((*path, number), setting.origin.line)))
     if len(found.problems) == num_problems:
-        found.settings.append(Setting(setting.key, tuple(tables), setting.origin))
+        found.settings.append(replace(setting, value=tuple(tables), tables=tuple(places)))
 
 
 def read_entry(document: Document, table: dict, section: str, path: tuple[str | int, ...], layer: int, inner: Files) -> None:
@@ -214,7 +216,8 @@ def read_entry(document: Document, table: dict, section: str, path: tuple[str | 
             near = find_nearest(name, names)
             hint = f"did you mean {near!r}?" if near else f"its keys are {', '.join(names)}"
             shown = f"[[{section}]]" if section in TABLES else f"[{section}]"
-            inner.problems.append(Problem(f"{place}: {shown} has no key {name!r} (= {show_value(value)}); {hint}"))
+            message = f"{place}: {shown} has no key {name!r} (= {show_value(value)}); {hint}"
+            inner.problems.append(Problem(message, (f"{section}.{near}",) if near else ()))
 
 
 def list_strangers(document: Document, key: str, path: tuple[str, ...], value: object) -> list[Problem]:

@@ -31,6 +31,8 @@ class Setting:
     origin: Origin
     written: str = ""
     """The words on the command line, as typed."""
+    tables: tuple[Origin, ...] = ()
+    """Where each table of a list of tables stands."""
 
     def __str__(self) -> str:
         """Its place and what stands there, as messages begin."""

@@ -15,18 +15,38 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tunelib.data.encode import ALL_TRAINED, DOUBLE_BOS, NO_STOP, SPECIAL_TEXT, Reading, TextPart, read_ids, read_trained
+from tunelib.data.encode import (
+    ALL_TRAINED,
+    DOUBLE_BOS,
+    NO_STOP,
+    SAME_ROLE,
+    SPECIAL_TEXT,
+    TOOLS_UNSEEN,
+    Reading,
+    TextPart,
+    read_trained,
+)
 from tunelib.data.sources import OpenedSource, RawRow, RawText
-from tunelib.data.workers import Documents, Part, Rows, work_on_all
+from tunelib.data.workers import Documents, Part, Rows, digest_tokens, work_on_all
 from tunelib.errors import DataError
 
 COLUMNS = ("starts", "lengths", "num_trained", "files", "lines", "digests")
 TOKENS_FILE, DOCUMENTS_FILE, FACTS_FILE = "tokens.bin", "documents.npy", "facts.json"
 # A task for a worker: large enough that asking costs little, small enough that all have one.
 ROWS_PER_TASK, BYTES_PER_TASK = 256, 1 << 18
+BYTES_PER_NUMBER = 8
+# How far down a row is looked into for its size: row, messages, message, content, part of the content, its text.
+SIZED_LEVELS = 6
 # Of a text before and after a part: tokens far from its edges do not depend on what lies beyond.
 CONTEXT_CHARS = 1024
-REMARKS = ((SPECIAL_TEXT, "special_text"), (NO_STOP, "no_stop"), (DOUBLE_BOS, "double_bos"), (ALL_TRAINED, "all_trained"))
+REMARKS = (
+    (SPECIAL_TEXT, "special_text"),
+    (NO_STOP, "no_stop"),
+    (DOUBLE_BOS, "double_bos"),
+    (ALL_TRAINED, "all_trained"),
+    (TOOLS_UNSEEN, "tools_unseen"),
+    (SAME_ROLE, "same_role"),
+)
 WRITE_BYTES = 1 << 20
 
 
@@ -51,6 +71,8 @@ class Facts:
     num_no_stop: int = 0
     num_double_bos: int = 0
     num_all_trained: int = 0
+    num_tools_unseen: int = 0
+    num_same_role: int = 0
     num_seams: int = 0
     examples: dict[str, tuple[int, int]] = field(default_factory=dict)
     tokens_digest: str = ""
@@ -81,7 +103,16 @@ class Builder:
     first_line: int = 0
     remarks: int = 0
 
-    def add(self, marked: np.ndarray, lines: np.ndarray, file: int, line: int, remarks: int = 0, is_last: bool = True) -> None:
+    def add(
+        self,
+        marked: np.ndarray,
+        lines: np.ndarray,
+        file: int,
+        line: int,
+        remarks: int = 0,
+        is_last: bool = True,
+        digest: int | None = None,
+    ) -> None:
         """Add a document or a part of one, cut or left out as ``too_long`` says.
 
         Args:
@@ -89,6 +120,7 @@ class Builder:
             lines: of each token.
             line: where the document or the part begins.
             remarks: what a person should hear of it: bits as in `data/encode.py`.
+            digest: of the whole document, which all its pieces share so that they are held out together; without, each has its own.
         """
         if not self.first_line:
             self.first_line, self.num_before = line, len(self.documents)
@@ -102,13 +134,14 @@ class Builder:
         self.pending_lines = np.concatenate([self.pending_lines, lines]) if len(self.pending_lines) else lines
         if self.too_long == "split":
             while len(self.pending) - 1 > self.seq_len:
-                self._write(self.seq_len, file)
-        else:
+                self._write(self.seq_len, file, digest)
+        elif len(self.pending) - 1 > self.seq_len:
             self.pending, self.pending_lines = self.pending[: self.seq_len + 1], self.pending_lines[: self.seq_len + 1]
+            digest = None  # documents that are equal once they are cut stay together
         if is_last:
-            self._end(file)
+            self._end(file, digest)
 
-    def _end(self, file: int) -> None:
+    def _end(self, file: int, digest: int | None) -> None:
         self.facts.num_read += 1
         for bit, name in REMARKS if self.remarks else ():
             if self.remarks & bit:
@@ -118,19 +151,18 @@ class Builder:
             self.facts.count("long", file, self.first_line)
         if not (is_long and self.too_long == "drop"):
             if len(self.pending) > 1:
-                self._write(len(self.pending) - 1, file)
+                self._write(len(self.pending) - 1, file, digest)
             self._store(self.pending)
             if len(self.documents) == self.num_before:
                 self.facts.count("untrained", file, self.first_line)
         self.pending, self.pending_lines, self.num_seen, self.first_line, self.remarks = self.pending[:0], self.pending_lines[:0], 0, 0, 0
 
-    def _write(self, num_labels: int, file: int) -> None:
+    def _write(self, num_labels: int, file: int, digest: int | None) -> None:
         """Make a document of the first pending tokens, where any of its labels is trained; the token that is its last label stays pending."""
         piece = self.pending[: num_labels + 1]
         if num_trained := int(np.count_nonzero(read_trained(piece[1:]))):
-            digest = hashlib.blake2b(read_ids(piece).tobytes(), digest_size=8).digest()
             line = int(self.pending_lines[0])
-            self.documents.extend((self.num_tokens, num_labels, num_trained, file, line, int.from_bytes(digest, "little", signed=True)))
+            self.documents.extend((self.num_tokens, num_labels, num_trained, file, line, digest_tokens(piece) if digest is None else digest))
         self._store(piece[:-1])
         self.pending, self.pending_lines = self.pending[num_labels:], self.pending_lines[num_labels:]
 
@@ -152,11 +184,13 @@ def build_source(folder: Path, source: OpenedSource, reading: Reading, seq_len: 
     with open(folder / TOKENS_FILE, "wb", buffering=WRITE_BYTES) as file, closing(answers):
         builder = Builder(file, source, seq_len, too_long, facts)
         edge = 0
-        for answer in answers:
-            if isinstance(answer, Documents):
-                add_documents(builder, answer)
+        for task, answer in answers:
+            if isinstance(task, Rows):
+                assert isinstance(answer, Documents)
+                add_documents(builder, task, answer)
             else:
-                edge = add_part(builder, answer.task, answer.tokens, edge, reading)
+                assert isinstance(answer, TextPart)
+                edge = add_part(builder, task, answer, edge, reading)
     check_facts(facts, source, reading, seq_len, num_documents=len(builder.documents))
     facts.tokens_digest = builder.digest.hexdigest()
     np.save(folder / DOCUMENTS_FILE, np.frombuffer(builder.documents, dtype=np.int64).reshape(-1, len(COLUMNS)).T.copy())
@@ -182,7 +216,7 @@ def plan_tasks(source: OpenedSource, rows: Iterable[RawRow | RawText]) -> Iterat
         group.files.append(row.file)
         group.lines.append(row.line)
         group.wheres.append(source.where(row.file, row.line))
-        size += len(row.content) if isinstance(row.content, bytes) else BYTES_PER_TASK // ROWS_PER_TASK
+        size += estimate_bytes(row.content)
         if size >= BYTES_PER_TASK or len(group.lines) >= ROWS_PER_TASK:
             yield group
             group, size = Rows([], [], [], []), 0
@@ -190,12 +224,26 @@ def plan_tasks(source: OpenedSource, rows: Iterable[RawRow | RawText]) -> Iterat
         yield group
 
 
-def add_documents(builder: Builder, answer: Documents) -> None:
+def estimate_bytes(content: Any, levels: int = SIZED_LEVELS) -> int:
+    """About how large a row or a value in it is, by its texts and numbers; what lies deeper than so many levels is not counted."""
+    if isinstance(content, bytes | str):
+        return len(content)
+    if not levels or not content:
+        return 0
+    if isinstance(content, dict):
+        return sum(estimate_bytes(value, levels - 1) for value in content.values())
+    if isinstance(content, list):
+        is_of_numbers = isinstance(content[0], int | float)
+        return len(content) * BYTES_PER_NUMBER if is_of_numbers else sum(estimate_bytes(value, levels - 1) for value in content)
+    return BYTES_PER_NUMBER
+
+
+def add_documents(builder: Builder, task: Rows, answer: Documents) -> None:
     """Add what a worker made of a group of rows."""
     end = 0
-    task = answer.task
-    for file, line, length, remarks in zip(task.files, task.lines, answer.lengths.tolist(), answer.remarks.tolist(), strict=True):
-        builder.add(answer.marked[end : end + length], np.full(length, line, dtype=np.int64), file, line, remarks)
+    made = (column.tolist() for column in (answer.lengths, answer.remarks, answer.digests))
+    for file, line, length, remarks, digest in zip(task.files, task.lines, *made, strict=True):
+        builder.add(answer.marked[end : end + length], np.full(length, line, dtype=np.int64), file, line, remarks, digest=digest)
         end += length
 
 

@@ -118,11 +118,14 @@ class ChatTemplate:
         marks = _choose_marks([messages, tools], 2)
         return _cut_marks(self._render(messages, tools, add_generation_prompt, marks), marks)[0]
 
-    def encode(self, messages: list[Message], tools: list[Any] | None = None, *, parse_special_tokens: bool = False) -> EncodedChat:
+    def encode(
+        self, messages: list[Message], tools: list[Any] | None = None, *, parse_special_tokens: bool = False, by_message: bool = True
+    ) -> EncodedChat:
         """Tokens of a conversation, and which of them each assistant message said (its end-of-turn token included).
 
         Args:
             parse_special_tokens: special tokens written in the conversation are those tokens, not text.
+            by_message: whether it matters which answer said what; where it does not, the key of all may be -1.
         """
         mark = "" if parse_special_tokens else self._choose_break(messages, tools)
         if mark:
@@ -135,7 +138,7 @@ class ChatTemplate:
             encoded = self.tokenizer.encode(text, add_special_tokens=False)
             ids, offsets = encoded.ids, np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        owners = answers if len(spans) == len(answers) else [-1] * len(spans)
+        owners = answers if len(spans) == len(answers) and (not by_message or self._tags_each_answer(messages, tools, answers)) else [-1] * len(spans)
         spoken = {owner: np.zeros(len(ids), dtype=bool) for owner in owners}
         for owner, (start, end) in zip(owners, spans, strict=True):
             spoken[owner] |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 0] < offsets[:, 1])
@@ -156,6 +159,26 @@ class ChatTemplate:
                 continue  # such as a template without system prompts
             return [token for token in dict.fromkeys(CONTROL_TOKEN.findall(text)) if self.tokenizer.id_of(token) is None]
         return []
+
+    def shows_tools(self, messages: list[Message], tools: list[Any] | None) -> bool:
+        """Whether the tools and the calls of a conversation, where it has any, are seen in its rendering."""
+        without_calls = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+        if not tools and without_calls == messages:
+            return True
+        text = self.render(messages, tools)
+        try:
+            hides_tools = bool(tools) and self.render(messages) == text
+            return not hides_tools and (without_calls == messages or self.render(without_calls, tools) != text)
+        except DataError:
+            return True  # a template that looks at them
+
+    def ends_inside_a_token(self) -> bool:
+        """Whether the generation prompt ends where no token ends: the model would then see other tokens in use than in training."""
+        try:
+            prompt, whole = self.encode_prompt([QUESTION]), self.encode([QUESTION, ANSWER]).ids
+        except DataError:
+            return False  # a template that wants more than that
+        return bool(self._header) and whole[: len(prompt)] != prompt
 
     def end_ids(self) -> frozenset[int]:
         """The special tokens that an answer ends with; none where the template ends it with plain text."""
@@ -217,6 +240,17 @@ class ChatTemplate:
             f"{self.name}: the chat template does not show where the assistant speaks: "
             "give it {% generation %} tags, or name another with dataset.chat_template"
         )
+
+    def _tags_each_answer(self, messages: list[Message], tools: list[Any] | None, answers: list[int]) -> bool:
+        """Whether each answer adds one span of the template's tags; other ways to find answers do so anyway."""
+        if not self._has_generation_tags or len(answers) == 1:
+            return True
+        marks = _choose_marks([messages, tools], 2)
+        try:
+            counts = [len(_cut_marks(self._render(messages[: index + 1], tools, False, marks), marks)[1]) for index in answers]
+        except DataError:
+            return False  # a template that refuses a part of a conversation
+        return counts == list(range(1, len(answers) + 1))
 
     def _spans_by_markers(self, messages: list[Message], tools: list[Any] | None, answers: list[int], text: str) -> list[Span] | None:
         marks = _choose_marks([messages, tools], 2)

@@ -4,19 +4,20 @@ A document is one int32 array: the id t where the token is trained, ~t (which is
 `read_trained` take the two apart.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tunelib.config.schema import Columns
-from tunelib.data.chat import ChatTemplate, EncodedChat
+from tunelib.data.chat import ChatTemplate
 from tunelib.data.shapes import Conversation, Row, read_continuation, read_conversation, read_text, read_tokens
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError
 
 # What a person should hear of a document: bits of `Document.remarks`.
-SPECIAL_TEXT, NO_STOP, DOUBLE_BOS, ALL_TRAINED = 1, 2, 4, 8
+SPECIAL_TEXT, NO_STOP, DOUBLE_BOS, ALL_TRAINED, TOOLS_UNSEEN, SAME_ROLE = 1, 2, 4, 8, 16, 32
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ class Encoder:
             before: some of the text before the part, and ``after`` of that after it: enough for the tokens at the part's edges.
             line: the line on which the part begins.
         """
+        if self.reading.format != "text":
+            raise DataError(
+                f"{where}: a plain text file, though the data is read as {self.reading.format!r}; leave it out with a pattern such as "
+                "folder/*.jsonl, or make it a source of its own with [[dataset.mix]]"
+            )
         special = () if not self.reading.parse_special_tokens else None
         encoded = self.tokenizer.encode(before + text + after, add_special_tokens=False, special=special)
         offsets = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2) - len(before)
@@ -125,38 +131,39 @@ class Encoder:
 
     def _encode_conversation(self, row: Row, template: ChatTemplate, where: str) -> tuple[list[int], np.ndarray, int]:
         conversation = read_conversation(row, self.reading.format, self.reading.columns, where)
-        parse = self.reading.parse_special_tokens
+        wanted = self._choose_answers(conversation, where)
+        messages, tools = conversation.messages, conversation.tools
+        by_message = len(set(wanted.values())) > 1
         try:
-            encoded = template.encode(conversation.messages, conversation.tools, parse_special_tokens=parse)
+            encoded = template.encode(messages, tools, parse_special_tokens=self.reading.parse_special_tokens, by_message=by_message)
+            remarks = 0 if template.shows_tools(messages, tools) else TOOLS_UNSEEN
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        trained = self._choose_trained(conversation, encoded, where)
-        remarks = SPECIAL_TEXT if encoded.has_special_text else 0
+        if -1 in encoded.spoken and by_message:
+            raise DataError(f"{where}: the chat template's generation tags do not mark each answer by itself, so none can be left out")
+        trained = np.full(len(encoded.ids), self.reading.train_on == "all")
+        for index, tokens in encoded.spoken.items():
+            trained = trained | tokens if wanted.get(index, all(wanted.values())) else trained & ~tokens
+        remarks |= SPECIAL_TEXT if encoded.has_special_text else 0
+        if any(message["role"] == after["role"] != "tool" for message, after in itertools.pairwise(messages)):
+            remarks |= SAME_ROLE
         if trained.any() and self._end_ids.isdisjoint(np.array(encoded.ids)[trained].tolist()):
             remarks |= NO_STOP
         if self.reading.train_on != "all" and trained[1:].all():
             remarks |= ALL_TRAINED
         return encoded.ids, trained, remarks
 
-    def _choose_trained(self, conversation: Conversation, encoded: EncodedChat, where: str) -> np.ndarray:
-        """Which tokens are trained, as dataset.train_on and the messages' own flags say."""
+    def _choose_answers(self, conversation: Conversation, where: str) -> dict[int, bool]:
+        """Which of the assistant's messages are trained, as dataset.train_on and the messages' own flags say."""
         train_on, num_prompt = self.reading.train_on, conversation.num_prompt
-        everything = train_on == "all"
         answers = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        wanted = {index: everything or (index >= num_prompt and (train_on != "last" or index == answers[-1])) for index in answers}
+        wanted = {index: train_on == "all" or (index >= num_prompt and (train_on != "last" or index == answers[-1])) for index in answers}
         for index, flag in enumerate(conversation.flags):
             if index in wanted:
                 wanted[index] = wanted[index] if flag is None else flag
-            elif everything and flag is False:
+            elif train_on == "all" and flag is False:
                 raise DataError(f'{where}: message {index} is flagged not to be trained, which dataset.train_on = "all" can do for answers only')
-        trained = np.full(len(encoded.ids), everything)
-        if -1 in encoded.spoken:
-            if len(set(wanted.values())) > 1:
-                raise DataError(f"{where}: the chat template's generation tags do not mark each answer by itself, so none can be left out")
-            return trained | encoded.spoken[-1] if all(wanted.values()) else trained & ~encoded.spoken[-1]
-        for index, tokens in encoded.spoken.items():
-            trained = trained | tokens if wanted[index] else trained & ~tokens
-        return trained
+        return wanted
 
     def _mark(self, ids: Sequence[int], trained: np.ndarray, where: str) -> np.ndarray:
         try:

@@ -52,15 +52,21 @@ def load_hub(source: Source) -> HubData:
 
 def read_hub(dataset: "datasets.Dataset | datasets.IterableDataset") -> Iterator[RawRow]:
     """The rows with their numbers from 1, read in batches."""
-    number = 0
-    for batch in dataset.iter(batch_size=BATCH_ROWS):
+    number, batches = 0, iter(dataset.iter(batch_size=BATCH_ROWS))
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # of the network, the disk or a parser, as the library raised it
+            raise DataError(f"the rows after row {number} of the data set cannot be read: {_describe(error)}") from None
+        if batch is None:
+            return
         for values in zip(*batch.values(), strict=True):
             number += 1
             yield RawRow(0, number, dict(zip(batch, values, strict=True)))
 
 
-def stream_hub(source: Source) -> tuple["datasets.IterableDataset", str]:
-    """A split that is read from the Hub while it is used, and the digest of its name, subset, split and commit.
+def stream_hub(source: Source) -> tuple["datasets.IterableDataset", str, str]:
+    """A split that is read from the Hub while it is used, its commit, and the digest of its name, subset, split and commit.
 
     The stream has ``state_dict`` and ``load_state_dict``, and `datasets.distributed.split_dataset_by_node` shards it.
 
@@ -75,7 +81,7 @@ def stream_hub(source: Source) -> tuple["datasets.IterableDataset", str]:
     media = [column for column, feature in (dataset.features or {}).items() if _holds_media(feature)]
     if media:
         dataset = dataset.decode(False).remove_columns(media)
-    return dataset, _digest_of(source, commit)
+    return dataset, commit, _digest_of(source, commit)
 
 
 def _name(source: Source) -> str:

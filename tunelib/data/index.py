@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -67,6 +68,11 @@ class IndexedSource:
     facts: Facts
     fingerprint: dict[str, Any]
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of it."""
+        return describe_facts(self.found, self.facts, self.fingerprint["training.seq_len"], self.fingerprint["dataset.too_long"])
+
 
 @dataclass(frozen=True)
 class Index:
@@ -122,7 +128,7 @@ class Index:
     @property
     def notes(self) -> list[str]:
         """What a person should know: the formats found, documents cut or left out, and what looks wrong."""
-        return [note for source in self.sources for note in describe_facts(source)]
+        return [note for source in self.sources for note in source.notes]
 
 
 def resolve_cache_folder(section: Dataset) -> Path:
@@ -134,14 +140,6 @@ def resolve_cache_folder(section: Dataset) -> Path:
 def list_sources(section: Dataset) -> tuple[Source, ...]:
     """The sources of [dataset]: those of its mix, or itself."""
     return section.mix or (section,)
-
-
-def held_out_source(section: Dataset, path: str, split: str) -> Source:
-    """The source of held-out documents: files of their own, or another split of the Hub data set; read as [dataset] says."""
-    if path:
-        return Source(path=path, format=section.format, columns=section.columns)
-    hub = {name: getattr(section, name) for name in ("hub", "subset", "revision")}
-    return Source(**hub, split=split, format=section.format, columns=section.columns)
 
 
 def find_sources(sources: Sequence[Source], cache_folder: Path) -> list[FoundSource]:
@@ -244,18 +242,22 @@ def split_held_out(index: Index, fraction: float) -> tuple[Index, Index]:
     """
     held_out = index.digests.astype(np.uint64) < np.uint64(fraction * 2**64)
     if held_out.all() or not held_out.any():
-        raise DataError(f"validation.fraction = {fraction} of {len(index)} documents leaves none {'to train on' if held_out.all() else 'held out'}")
+        left, advice = ("to train on", "smaller") if held_out.all() else ("held out", "larger")
+        equal = "; equal documents stay together" if len(np.unique(index.digests)) < len(index) else ""
+        raise DataError(
+            f"validation.fraction = {fraction} of {len(index)} documents leaves none {left}{equal}: give a {advice} one, or files as validation.path"
+        )
     return index.select(~held_out), index.select(held_out)
 
 
-def describe_facts(source: IndexedSource) -> list[str]:
+def describe_facts(found: FoundSource, facts: Facts, seq_len: int, too_long: str) -> list[str]:
     """What a person should know of a source, a line each."""
-    facts, name, seq_len = source.facts, source.found.opened.name, source.fingerprint["training.seq_len"]
+    name = found.opened.name
     done = {"truncate": "cut to the first", "split": "split into pieces of", "drop": "left out: longer than"}
-    first = {number: f"first {source.found.opened.where(*place)}" for number, place in facts.examples.items()}
+    first = {number: f"first {found.opened.where(*place)}" for number, place in facts.examples.items()}
     lines = {
-        f"read as {facts.format!r}, {source.found.why}": bool(source.found.why),
-        f"{facts.num_long} documents {done.get(source.fingerprint['dataset.too_long'])} {seq_len} tokens ({first.get('long')})": facts.num_long,
+        f"read as {facts.format!r}, {found.why}": bool(found.why),
+        f"{facts.num_long} documents {done.get(too_long)} {seq_len} tokens ({first.get('long')})": facts.num_long,
         f"{facts.num_untrained} documents left out: no token in them is trained ({first.get('untrained')})": facts.num_untrained,
         f"{facts.num_special_text} documents spell out special tokens, which are read as text; dataset.parse_special_tokens = true "
         f"reads them as tokens ({first.get('special_text')})": facts.num_special_text,
@@ -263,9 +265,12 @@ def describe_facts(source: IndexedSource) -> list[str]:
         f"({first.get('no_stop')})": facts.num_no_stop,
         f"warning: {facts.num_double_bos} documents begin with two begin tokens ({first.get('double_bos')})": facts.num_double_bos,
         f"warning: in {facts.num_all_trained} documents every token is trained, not only answers ({first.get('all_trained')})": facts.num_all_trained,
+        f"warning: {facts.num_tools_unseen} documents have tools or calls of them that the chat template does not show "
+        f"({first.get('tools_unseen')})": facts.num_tools_unseen,
+        f"{facts.num_same_role} conversations in which somebody speaks twice in a row ({first.get('same_role')})": facts.num_same_role,
         f"{facts.num_seams} places where parts of a long text meet are tokenised differently from the whole ({first.get('seams')})": facts.num_seams,
     }
-    return [f"{name}: {line}" for line, count in lines.items() if count] + [f"{name}: {note}" for note in source.found.opened.notes]
+    return [f"{name}: {line}" for line, count in lines.items() if count] + list(found.opened.notes)
 
 
 def resolve_too_long(choice: str, format: str) -> str:
@@ -296,7 +301,7 @@ def describe_reading(
         reading,
         too_long,
         {
-            "data": found.opened.digest,
+            "content of the data": found.opened.digest,
             "tokenizer": tokenizer.digest if found.format != "tokens" else "",
             "chat template": hashlib.sha256(own_template.source.encode()).hexdigest()[:32] if own_template else "",
             "dataset.format": found.format,
@@ -305,6 +310,7 @@ def describe_reading(
             "dataset.too_long": too_long,
             "dataset.columns": {name: getattr(found.columns, name) for name in FORMAT_COLUMNS[found.format]},
             "training.seq_len": seq_len,
+            **({"dataset.revision": found.opened.revision} if found.opened.revision else {}),
         },
     )
 
@@ -326,12 +332,16 @@ def _index_source(
     versions = {"index": INDEX_VERSION, "tokenizers": tokenizers.__version__, "vocab_size": vocab_size, "stop_ids": stop_ids}
     key = hashlib.sha256(json.dumps({**fingerprint, **versions}, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / key
+    workers = _resolve_num_workers(found.opened.size_bytes) if num_workers is None else num_workers
     try:
         if not _is_whole(folder):  # one that is whole stays so: nobody needs the lock to read it, nor the right to write
-            with wait_for_lock(cache / f"{key}.lock", lambda: say(f"{found.opened.name}: waiting for another process that tokenises it")):
+            begun = time.time()
+            with (
+                wait_for_lock(cache / f"{key}.lock", lambda: say(f"{found.opened.name}: waiting for another process that tokenises it")),
+                _shared_failure(cache / f"{key}.failed", begun),
+            ):
                 if not _is_whole(folder):
                     remove_folder(folder)
-                    workers = _resolve_num_workers(found.opened.size_bytes) if num_workers is None else num_workers
                     if workers > 1:
                         say(f"{found.opened.name}: tokenising {found.opened.size_bytes / 1e6:.0f} MB with {workers} processes")
                     with _staging_of_own(folder) as staging:
@@ -342,7 +352,21 @@ def _index_source(
         raise DataError(f"dataset.cache_folder: {error.filename or cache} cannot be written: {error.strerror}; name another folder") from None
     facts = Facts(**read_json(folder / FACTS_FILE, DataError))
     marked = np.memmap(folder / TOKENS_FILE, dtype=np.int32, mode="r")
-    return IndexedSource(found, marked, facts, {**fingerprint, "tokens": facts.tokens_digest}), folder
+    return IndexedSource(found, marked, facts, fingerprint), folder
+
+
+@contextlib.contextmanager
+def _shared_failure(note: Path, begun: float) -> Iterator[None]:
+    """Raise what another process met that began to build after this one had begun to wait: it would be met again, and take as long."""
+    with contextlib.suppress(FileNotFoundError):
+        if note.stat().st_mtime >= begun:
+            raise DataError(note.read_text(encoding="utf-8"))
+        note.unlink()
+    try:
+        yield
+    except DataError as error:
+        note.write_text(str(error), encoding="utf-8")
+        raise
 
 
 @contextlib.contextmanager

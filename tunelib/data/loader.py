@@ -71,8 +71,12 @@ class TrainData:
     def fingerprint(self) -> dict[str, Any]:
         """Name → value of everything that decides which rows a step has."""
         order = {"dataset.packing": self.packing, "training.seed": self.seed, "training.global_batch_size": self.global_batch_size}
-        takes = list(self.mix.takes)
-        return {**self.index.fingerprint, **order, "dataset.last_batch": self.last_batch, "dataset.mix": takes, "documents": len(self.index)}
+        consequences = {
+            "documents": len(self.index),
+            "documents taken of each source": list(self.mix.takes),
+            "tokens": [source.facts.tokens_digest for source in self.index.sources],
+        }
+        return {**self.index.fingerprint, **order, "dataset.last_batch": self.last_batch, "consequences": consequences}
 
     @property
     def notes(self) -> list[str]:
@@ -82,6 +86,10 @@ class TrainData:
         fill = f"{len(plan):,} rows an epoch, {tokens / (len(plan) * self.seq_len):.2%} full"
         left_out = len(plan) - self._rows_in(plan)
         return [*describe_mix(self.index, self.mix), fill + (f"; the last {left_out} are left out" if left_out else "")]
+
+    def documents_of_epoch(self, epoch: int) -> np.ndarray:
+        """The documents of an epoch, in the order of its rows."""
+        return self._plan(epoch).documents
 
     def steps_in_epochs(self, epochs: int) -> int:
         """Steps that take all of so many epochs, the last batch filled from the next."""

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunelib.config.schema import Dataset
+import numpy as np
+
+from tunelib.config.schema import Dataset, Source
 from tunelib.data.chat import ChatTemplate, complete_tokens
-from tunelib.data.encode import Encoder
 from tunelib.data.index import (
     FoundSource,
     Index,
@@ -18,30 +19,53 @@ from tunelib.data.index import (
     choose_template,
     describe_reading,
     find_sources,
-    held_out_source,
     list_sources,
     resolve_cache_folder,
     see_format,
     split_held_out,
 )
 from tunelib.data.loader import Share, TrainData
-from tunelib.data.sources import open_stream
-from tunelib.data.stream import StreamData, SumOverRanks
+from tunelib.data.sources import open_source, open_stream
+from tunelib.data.stream import Ranks, StreamData
 from tunelib.data.tokenizer import Tokenizer
+from tunelib.errors import DataError
 
 
 @dataclass(frozen=True)
 class Words:
-    """The tokenizer, and what it is to read: the sources with the format of their rows, and the template of their conversations."""
+    """The tokenizer, and what it is to read: the sources with the format of their rows, and the template of their conversations.
+
+    ``may_add``: special tokens that it lacked were to be added.
+    """
 
     tokenizer: Tokenizer
     sources: list[FoundSource]
     template: ChatTemplate | None
+    may_add: bool = False
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of tokenizer and template."""
+        added = f"{', '.join(self.tokenizer.added)} added to the tokenizer" if self.tokenizer.added else ""
+        idle = "model.resize_embeddings: the tokenizer has every token that the template writes" if self.may_add and not added else ""
+        inside = ""
+        if self.template is not None and self.template.ends_inside_a_token():
+            inside = (
+                f"warning: the generation prompt of {self.template.name} ends inside a token: in use the model sees other tokens than in training; "
+                "end it without white space"
+            )
+        return [note for note in (added, idle, inside) if note]
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an answer: the tokenizer's, and what the template ends one with."""
         return self.tokenizer.stop_ids | (self.template.end_ids() if self.template else frozenset())
+
+
+def raise_error(error: BaseException | None) -> None:
+    """What agreeing is for one process."""
+    if error is not None:
+        raise error
 
 
 @dataclass(frozen=True)
@@ -51,6 +75,10 @@ class HeldOut:
     path: str = ""
     split: str = ""
     fraction: float | None = None
+
+
+ALONE = Ranks(agree=raise_error, gather=lambda value: [value])
+"""One process that reads by itself."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +106,28 @@ def find_words(section: Dataset, tokenizer_folder: Path, resize_embeddings: bool
     template = choose_template(sources, section, tokenizer)
     if template is not None:
         tokenizer, template = complete_tokens(tokenizer, template, resize_embeddings)
-    return Words(tokenizer, sources, template)
+    return Words(tokenizer, sources, template, resize_embeddings)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents to train on, None for those of a stream; and those held out, where any are."""
+
+    train: Index | None
+    held_out: Index | None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of them."""
+        notes = self.train.notes if self.train else []
+        if self.held_out is None:
+            return notes
+        if self.train is None or self.held_out.sources is not self.train.sources:
+            notes += [f"held out: {note}" for note in self.held_out.notes]
+        notes.append(f"{len(self.held_out):,} documents held out")
+        if self.train is not None and (shared := int(np.isin(self.held_out.digests, self.train.digests).sum())):
+            notes.append(f"warning: {shared:,} of the {len(self.held_out):,} held-out documents are trained on too: validation tells little")
+        return notes
 
 
 def build_documents(
@@ -89,8 +138,8 @@ def build_documents(
     held_out: HeldOut,
     say: Callable[[str], None] = lambda text: None,
     num_workers: int | None = None,
-) -> tuple[Index | None, Index | None]:
-    """The documents to train on, None for those of a stream; and those held out, where any are.
+) -> Documents:
+    """The documents to train on and those held out, from the cache or made now.
 
     Args:
         seq_len: the most positions that a row can hold.
@@ -107,10 +156,31 @@ def build_documents(
 
     index = None if section.streaming else build(words.sources)
     if index is not None and held_out.fraction is not None:
-        return split_held_out(index, held_out.fraction)
+        return Documents(*split_held_out(index, held_out.fraction))
     if not held_out.path and not held_out.split:
-        return index, None
-    return index, build(find_sources([held_out_source(section, held_out.path, held_out.split)], resolve_cache_folder(section)))
+        return Documents(index, None)
+    return Documents(index, build([find_held_out(section, held_out)]))
+
+
+def find_held_out(section: Dataset, held_out: HeldOut) -> FoundSource:
+    """The held-out files or split, read as [dataset] says; beside a mix, as the first of its tables that fits.
+
+    Raises:
+        DataError: the source is not there, or its first row fits none.
+    """
+    readings = [(source.format, source.columns) for source in section.mix] or [(section.format, section.columns)]
+    if held_out.split:
+        source = Source(hub=section.hub, subset=section.subset, revision=section.revision, split=held_out.split)
+    else:
+        source = Source(path=held_out.path)
+    opened = open_source(source, resolve_cache_folder(section))
+    problems = []
+    for format, columns in dict.fromkeys([*readings, (Source().format, Source().columns)] if section.mix else readings):
+        try:
+            return see_format(opened, Source(format=format, columns=columns))
+        except DataError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 def build_train_data(
@@ -119,17 +189,17 @@ def build_train_data(
     index: Index | None,
     vocab_size: int,
     batches: Batches,
-    sum_over_ranks: SumOverRanks = list,
+    ranks: Ranks,
 ) -> TrainData | StreamData:
     """The training rows of every step: of the index, or of the stream where there is none.
 
     Args:
         vocab_size: the model's.
-        sum_over_ranks: sums counts over the data ranks; collective, and needed by a stream alone.
+        ranks: those that read a stream together.
     """
     if index is not None:
         return TrainData(index, batches.seq_len, section.packing, batches.seed, batches.global_size, batches.share, section.last_batch)
     found = words.sources[0]
     reading, too_long, fingerprint = describe_reading(found, section, batches.seq_len, words.tokenizer, words.template, vocab_size)
     order = (batches.seq_len, too_long, section.packing, batches.seed, batches.global_size, batches.share)
-    return StreamData(found, Encoder(reading), fingerprint, *order, sum_over_ranks)
+    return StreamData(found, reading, fingerprint, *order, ranks)

@@ -18,11 +18,12 @@ COLOURED, PLAIN = ("\033[32m", "\033[0m"), ("⟦", "⟧")
 BAR_WIDTH = 40
 
 
-def describe_documents(index: Index, data: TrainData) -> Iterator[str]:
-    """Figures: documents, tokens, share of trained tokens, a histogram of lengths, rows, and what was noted while reading."""
+def describe_all(data: TrainData, notes: list[str]) -> Iterator[str]:
+    """Figures: documents, tokens, share of trained tokens, a histogram of lengths; and the notes."""
+    index = data.index
     tokens, trained = int(index.lengths.sum()), int(index.num_trained.sum())
     yield f"{len(index):,} documents, {tokens:,} tokens, {trained / tokens:.1%} of them trained"
-    yield from (f"  {note}" for note in [*index.notes, *data.notes])
+    yield from (f"  {note}" for note in notes)
     yield "length in tokens (trained tokens beside it)"
     borders = [0, *itertools.takewhile(lambda border: border < data.seq_len, (1 << power for power in range(4, 40))), data.seq_len]
     counts = [int(((index.lengths > low) & (index.lengths <= high)).sum()) for low, high in itertools.pairwise(borders)]

@@ -158,8 +158,7 @@ def _read_parquet(stream: BinaryIO, path: Path) -> Iterator[tuple[int, Row]]:
             return
         try:
             parquet = stack.enter_context(pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK_BYTES))
-            # No threads: the process may be forked while this is read.
-            for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, use_threads=False):
+            for batch in parquet.iter_batches(PARQUET_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row

@@ -157,7 +157,8 @@ def _check_columns(row: Row, format: str, columns: Columns, where: str) -> None:
     for column in _columns_of(format, row, columns):
         if column not in row:
             raise DataError(
-                f"{where}: no column {column!r} among {sorted(row)}, though the data is read as {format!r}; dataset.columns names other columns"
+                f"{where}: no column {column!r} among {sorted(row)}, though the data is read as {format!r}; dataset.columns names other columns, "
+                "and rows of another format are a source of their own with [[dataset.mix]]"
             )
 
 

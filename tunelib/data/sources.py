@@ -16,7 +16,7 @@ import re
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,16 @@ SETTLED_SECONDS = 2
 
 
 @dataclass(frozen=True)
+class FileState:
+    """What changes when a file does."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True)
 class OpenedSource:
     """The files of a source, or its data set on the Hub, ready to be read, any number of times.
 
@@ -52,6 +62,8 @@ class OpenedSource:
         notes: what a person should know, such as files of a folder that are not read.
         dataset: the rows of a Hub data set; None for files.
         columns: names that a row may have.
+        revision: the commit of a Hub data set; "" for files.
+        states: of each file, when it was digested; none for the Hub, whose commits do not change.
     """
 
     name: str
@@ -61,6 +73,8 @@ class OpenedSource:
     notes: tuple[str, ...]
     dataset: "datasets.Dataset | datasets.IterableDataset | None" = field(default=None, repr=False)
     columns: frozenset[str] = field(default=frozenset(), repr=False)
+    revision: str = ""
+    states: tuple[FileState, ...] = field(default=(), repr=False)
 
     def rows(self) -> Iterator[RawRow | RawText]:
         """All rows and parts of texts, file by file, in the same order each time."""
@@ -69,6 +83,16 @@ class OpenedSource:
         else:
             for number, file in enumerate(self.files):
                 yield from read_file(Path(file), number, self.columns)
+
+    def check_unchanged(self) -> None:
+        """Refuse files that are not what was digested, so that rows read until now may be others; raises DataError."""
+        for file, state in zip(map(Path, self.files), self.states, strict=self.dataset is None):
+            try:
+                is_same = _state_of(file) == state
+            except OSError:
+                is_same = False
+            if not is_same:
+                raise DataError(_changed(file))
 
     def where(self, file: int, line: int) -> str:
         """The place of a row in words, such as "chat.jsonl:12" or "chat.parquet, row 12"."""
@@ -87,31 +111,33 @@ def open_source(source: Source, cache_folder: Path) -> OpenedSource:
     """
     if source.hub:
         loaded = load_hub(source)
-        return OpenedSource(source.hub, (_place_of(source),), loaded.digest, loaded.size_bytes, loaded.notes, loaded.dataset)
+        told = (f"{source.hub}: at commit {loaded.commit}", *loaded.notes)
+        return OpenedSource(source.hub, (_place_of(source),), loaded.digest, loaded.size_bytes, told, loaded.dataset, revision=loaded.commit)
     base, paths, others = _find_files(Path(source.path))
     notes: tuple[str, ...] = ()
     if others:
         what = "1 file is" if len(others) == 1 else f"{len(others)} files are"
         notes = (f"{source.path}: {what} of a kind that is not read, for example {others[0]}",)
     digest = hashlib.blake2b(digest_size=16)
-    size_bytes = 0
+    states = []
     for path in paths:
         # A file that is the whole source may be renamed: of its name, only the kind decides its rows.
         name = kind_of(path.name) if path == base else path.relative_to(base).as_posix()
         try:
-            size_bytes += path.stat().st_size
-            content = _digest_file(path, cache_folder / "digests")
+            content, state = _digest_file(path, cache_folder / "digests")
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
         digest.update(f"{content} {name}\n".encode("utf-8", "surrogateescape"))
+        states.append(state)
     columns = frozenset((*astuple(source.columns), "conversations"))
-    return OpenedSource(source.path, tuple(map(str, paths)), digest.hexdigest(), size_bytes, notes, columns=columns)
+    size_bytes = sum(state.size for state in states)
+    return OpenedSource(source.path, tuple(map(str, paths)), digest.hexdigest(), size_bytes, notes, columns=columns, states=tuple(states))
 
 
 def open_stream(source: Source) -> OpenedSource:
     """A Hub data set whose rows are fetched when they are asked for; raises DataError."""
-    dataset, digest = stream_hub(source)
-    return OpenedSource(source.hub, (_place_of(source),), digest, 0, (), dataset)
+    dataset, commit, digest = stream_hub(source)
+    return OpenedSource(source.hub, (_place_of(source),), digest, 0, (f"{source.hub}: at commit {commit}",), dataset, revision=commit)
 
 
 def _place_of(source: Source) -> str:
@@ -252,10 +278,13 @@ def _missing(path: Path) -> str:
     return f"{path}: no such data file"
 
 
-def _digest_file(path: Path, memos: Path) -> str:
-    """A digest of a file's bytes, from its memo where it has one and has not changed since; processes that start at once digest it once."""
-    if path.stat().st_size < MEMO_MIN_BYTES:
-        return _digest_bytes(path)
+def _digest_file(path: Path, memos: Path) -> tuple[str, FileState]:
+    """A digest of a file's bytes, and the state in which it has it; from its memo where it has one and has not changed since.
+
+    Processes that start at once digest it once.
+    """
+    if (state := _state_of(path)).size < MEMO_MIN_BYTES:
+        return _digest_unchanged(path, state), state
     memo = memos / f"{hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()}.json"
     with contextlib.ExitStack() as stack:
         with _blaming_cache(memos):
@@ -264,21 +293,26 @@ def _digest_file(path: Path, memos: Path) -> str:
         state, now = _state_of(path), time.time_ns()
         with contextlib.suppress(DataError):
             known = read_json(memo, DataError)
-            if known.get("state") == state:
-                return str(known["digest"])
-        digest = _digest_bytes(path)
-        if _state_of(path) != state:
-            raise DataError(f"{path} changed while it was read; start again when it is complete")
-        if now - max(state["mtime_ns"], state["ctime_ns"]) >= SETTLED_SECONDS * 10**9:
+            if known.get("state") == asdict(state):
+                return str(known["digest"]), state
+        digest = _digest_unchanged(path, state)
+        if now - max(state.mtime_ns, state.ctime_ns) >= SETTLED_SECONDS * 10**9:
             with _blaming_cache(memos):
-                replace_file(memo, json.dumps({"path": str(path.absolute()), "state": state, "digest": digest}) + "\n")
-    return digest
+                replace_file(memo, json.dumps({"path": str(path.absolute()), "state": asdict(state), "digest": digest}) + "\n")
+    return digest, state
 
 
-def _state_of(path: Path) -> dict[str, int]:
-    """What changes when a file does."""
+def _state_of(path: Path) -> FileState:
     found = path.stat()
-    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns, "inode": found.st_ino}
+    return FileState(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+def _digest_unchanged(path: Path, state: FileState) -> str:
+    """The digest of a file that is in a state; raises DataError where it is not when it was read to its end."""
+    digest = _digest_bytes(path)
+    if _state_of(path) != state:
+        raise DataError(_changed(path))
+    return digest
 
 
 def _digest_bytes(path: Path) -> str:
@@ -287,6 +321,10 @@ def _digest_bytes(path: Path) -> str:
         while chunk := file.read(DIGEST_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _changed(path: Path) -> str:
+    return f"{path} changed while it was read; start again when it is complete"
 
 
 @contextlib.contextmanager

@@ -2,10 +2,11 @@
 
 A worker runs `main`: it reads pickles from its input (a `Reading`, then tasks) and answers each on its output. It is started as a
 program and not forked, because the process that asks may have threads and a GPU, and it does not import torch. It ends when its
-input does.
+input does. All workers start at once: none is waited for before its first answer is.
 """
 
 import contextlib
+import hashlib
 import os
 import pickle
 import queue
@@ -21,11 +22,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tunelib.data.encode import Encoder, Reading, TextPart
+from tunelib.data.encode import Encoder, Reading, TextPart, read_ids
 from tunelib.data.sources import parse_row
 from tunelib.errors import DataError
 
 TASKS_PER_WORKER = 3
+ENDING_SECONDS = 5
+"""A worker whose answer cannot be read has ended, or does so within this time; one that has not wrote something else."""
 # Not from the current folder, which Python searches first with -c: a file or folder of the user's may have a library's name.
 PROGRAM = "import sys; sys.path = [folder for folder in sys.path if folder]; from tunelib.data.workers import main; main()"
 
@@ -55,48 +58,52 @@ class Part:
 
 @dataclass(frozen=True)
 class Documents:
-    """The answer to `Rows`: marked tokens end to end, and the length and remarks of each document."""
+    """The answer to `Rows`: marked tokens end to end, and the length, remarks and `digest_tokens` of each document."""
 
-    task: Rows
     marked: np.ndarray
     lengths: np.ndarray
     remarks: np.ndarray
+    digests: np.ndarray
 
 
-@dataclass(frozen=True)
-class PartTokens:
-    """The answer to `Part`."""
-
-    task: Part
-    tokens: TextPart
+Task = Rows | Part
+Answer = Documents | TextPart
 
 
-def work(encoder: Encoder, task: Rows | Part) -> Documents | PartTokens:
-    """Do a task; raises DataError."""
+def work(encoder: Encoder, task: Task) -> Answer:
+    """Do a task: `Documents` of `Rows`, a `TextPart` of a `Part`; raises DataError."""
     if isinstance(task, Part):
-        return PartTokens(task, encoder.encode_part(task.before, task.text, task.after, task.line, task.where))
+        tokens = encoder.encode_part(task.before, task.text, task.after, task.line, task.where)
+        if not task.before:  # a text's begin and end, which no part has, are the document of an empty text: that checks their ids
+            encoder.encode({encoder.reading.columns.text: ""}, task.where)
+        return tokens
     documents = [encoder.encode(parse_row(content, where), where) for content, where in zip(task.contents, task.wheres, strict=True)]
     return Documents(
-        task,
         np.concatenate([document.marked for document in documents]),
         np.array([len(document.marked) for document in documents]),
         np.array([document.remarks for document in documents]),
+        np.array([digest_tokens(document.marked) for document in documents]),
     )
 
 
-def work_on_all(reading: Reading, tasks: Iterable[Rows | Part], num_workers: int) -> Generator[Documents | PartTokens]:
-    """The answers to all tasks, in their order; with one worker, by this process. To be closed, which ends the processes.
+def digest_tokens(marked: np.ndarray) -> int:
+    """A number of 64 bits that follows from the ids of marked tokens, whatever is trained of them."""
+    return int.from_bytes(hashlib.blake2b(read_ids(marked).tobytes(), digest_size=8).digest(), "little", signed=True)
+
+
+def work_on_all(reading: Reading, tasks: Iterable[Task], num_workers: int) -> Generator[tuple[Task, Answer]]:
+    """All tasks in their order, each with its answer; with one worker, by this process. To be closed, which ends the processes.
 
     Raises:
         DataError: of the first task that has one, or a process was killed.
     """
     if num_workers <= 1:
         encoder = Encoder(reading)
-        yield from (work(encoder, task) for task in tasks)
+        yield from ((task, work(encoder, task)) for task in tasks)
         return
     idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
 
-    def ask(task: Rows | Part) -> Documents | PartTokens:
+    def ask(task: Task) -> Answer:
         worker = idle.get()
         try:
             return worker.ask(task)
@@ -104,26 +111,35 @@ def work_on_all(reading: Reading, tasks: Iterable[Rows | Part], num_workers: int
             idle.put(worker)
 
     with contextlib.ExitStack() as closing:
+        pickled = pickle.dumps(reading, protocol=pickle.HIGHEST_PROTOCOL)
         for _ in range(num_workers):
-            idle.put(closing.enter_context(contextlib.closing(Worker(reading))))
+            idle.put(closing.enter_context(contextlib.closing(Worker(pickled))))
         threads = closing.enter_context(ThreadPoolExecutor(num_workers))
-        waiting: deque[Future[Documents | PartTokens]] = deque()
+        waiting: deque[tuple[Task, Future[Answer]]] = deque()
         try:
             for task in tasks:
-                waiting.append(threads.submit(ask, task))
+                waiting.append((task, threads.submit(ask, task)))
                 if len(waiting) >= num_workers * TASKS_PER_WORKER:
-                    yield waiting.popleft().result()
+                    yield _wait_for(*waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield _wait_for(*waiting.popleft())
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
 
 
-class Worker:
-    """One process that makes documents."""
+def _wait_for(task: Task, future: Future[Answer]) -> tuple[Task, Answer]:
+    return task, future.result()
 
-    def __init__(self, reading: Reading):
+
+class Worker:
+    """One process that makes documents.
+
+    Args:
+        reading: a pickled `Reading`; sent with the first task, because the process takes it only when it has imported everything.
+    """
+
+    def __init__(self, reading: bytes):
         package_parent = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
         # The processes are the parallelism: the tokenizer's own threads would get in each other's way.
@@ -132,9 +148,9 @@ class Worker:
             self._process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         except OSError as error:
             raise DataError(f"no process that tokenises data can be started: {error.strerror}") from None
-        self._send(reading)
+        self._unsent = reading
 
-    def ask(self, task: Rows | Part) -> Documents | PartTokens:
+    def ask(self, task: Task) -> Answer:
         """The answer to a task; raises DataError as the worker did, or because it was killed."""
         self._send(task)
         assert self._process.stdout is not None
@@ -155,14 +171,20 @@ class Worker:
                 pipe.close()
         self._process.wait()
 
-    def _send(self, thing: Any) -> None:
+    def _send(self, task: Task) -> None:
         assert self._process.stdin is not None
+        unsent, self._unsent = self._unsent, b""
         with contextlib.suppress(BrokenPipeError):  # it has ended; why is seen where its answer is read
-            pickle.dump(thing, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            self._process.stdin.write(unsent)
+            pickle.dump(task, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
             self._process.stdin.flush()
 
     def _death(self) -> Exception:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return RuntimeError("a process that tokenises data wrote something that is no answer, and was ended")
         if code >= 0:
             return RuntimeError(f"a process that tokenises data ended with code {code}: its error stands above")
         name = signal.Signals(-code).name
@@ -172,8 +194,7 @@ class Worker:
 def main() -> None:
     """Answer tasks until the input ends, which it does when the process that asks is gone, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the one that asks decides
-    source, answers = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # what a library prints must not stand among the answers
+    source, answers = sys.stdin.buffer, _take_output()
     reading = _receive(source)
     if reading is None:
         return
@@ -183,12 +204,20 @@ def main() -> None:
         _answer(answers, error)
         return
     while (task := _receive(source)) is not None:
-        answer: Documents | PartTokens | DataError
+        answer: Answer | DataError
         try:
             answer = work(encoder, task)
         except DataError as error:
             answer = error
         _answer(answers, answer)
+
+
+def _take_output() -> BinaryIO:
+    """The process's output, for the answers alone: what a library prints, in Python or below it, goes where errors do."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return answers
 
 
 def _receive(source: BinaryIO) -> Any:
@@ -199,7 +228,7 @@ def _receive(source: BinaryIO) -> Any:
         return None
 
 
-def _answer(answers: BinaryIO, answer: Documents | PartTokens | DataError) -> None:
+def _answer(answers: BinaryIO, answer: Answer | DataError) -> None:
     try:
         pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
         answers.flush()

@@ -7,6 +7,7 @@ from torch import nn
 
 from tunelib.config.schema import Config
 from tunelib.data.index import Index
+from tunelib.data.loader import TrainData
 from tunelib.observe.metrics import METRICS_FILE
 from tunelib.parallel.mesh import Layout
 from tunelib.parallel.runtime import Runtime
@@ -14,33 +15,28 @@ from tunelib.parallel.runtime import Runtime
 ENTROPY_TOKENS = 1 << 24
 
 
-def unigram_entropy(index: Index) -> float:
-    """Entropy in nats per token of the trained labels' frequencies: the loss of the best model that sees no context.
-
-    Of a large data set, the first ENTROPY_TOKENS tokens are looked at.
-    """
+def unigram_entropy(index: Index, documents: np.ndarray) -> float:
+    """Entropy in nats per token of the trained labels' frequencies in documents: the loss of the best model that sees no context."""
     counts = np.zeros(1, dtype=np.int64)
-    pieces: list[np.ndarray] = []
-    size, seen = 0, 0
-    for document in range(len(index)):
-        pieces.append(index.marked(document)[1:])
-        size += len(pieces[-1])
-        if size > 1 << 20 or document == len(index) - 1:
-            labels = np.concatenate(pieces)
+    lengths = np.cumsum(index.lengths[documents])
+    for block in np.split(documents, np.searchsorted(lengths, np.arange(1 << 20, lengths[-1], 1 << 20))):
+        if len(block):
+            labels = np.concatenate([marked[1:] for marked in index.read_row(block)])
             added = np.bincount(labels[labels >= 0], minlength=len(counts))
             added[: len(counts)] += counts
-            counts, pieces, seen, size = added, [], seen + size, 0
-        if seen > ENTROPY_TOKENS:
-            break
+            counts = added
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
-def describe_documents(index: Index) -> str:
-    """The documents that a run trains on, in a line."""
+def describe_documents(data: TrainData) -> str:
+    """The documents that a run trains on, in a line; the entropy is that of an epoch, or of its beginning where it is long."""
+    index, documents = data.index, data.documents_of_epoch(0)
     num_tokens = int(index.lengths.sum())
     share = 100 * index.num_trained.sum() / num_tokens
-    return f"{len(index):,} documents, {num_tokens:,} tokens, {share:.0f}% trained; unigram entropy {unigram_entropy(index):.3f} nats"
+    looked_at = documents[: max(1, int(np.searchsorted(np.cumsum(index.lengths[documents]), ENTROPY_TOKENS)))]
+    of_what = "unigram entropy" if len(looked_at) == len(documents) else f"unigram entropy of {ENTROPY_TOKENS / 1e6:.0f} M tokens"
+    return f"{len(index):,} documents, {num_tokens:,} tokens, {share:.0f}% trained; {of_what} {unigram_entropy(index, looked_at):.3f} nats"
 
 
 def opening_lines(

@@ -23,11 +23,6 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def sum_counts(counts: Sequence[int]) -> list[int]:
-    """The sums over all data ranks of several counts."""
-    return [sum(column) for column in zip(*gather_objects(list(counts)), strict=True)]
-
-
 def gather_objects(value: T) -> list[T]:
     """Every rank's value, by rank."""
     if not dist.is_initialized():

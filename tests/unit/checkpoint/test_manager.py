@@ -401,6 +401,17 @@ def test_every_changed_thing_is_named_with_both_values() -> None:
     assert "same" not in str(caught.value)
 
 
+def test_of_a_table_the_changed_keys_are_named_and_consequences_where_there_is_no_cause() -> None:
+    saved = {"model": {"rows": 1, "layers": 2}, "consequences": {"documents": 120}}
+    with pytest.raises(CheckpointError) as caught:
+        check_identity(saved, {"model": {"rows": 1, "layers": 3}, "consequences": {"documents": 121}})
+    assert "  model: layers: 2 then, 3 now\n" in str(caught.value)
+    assert "rows" not in str(caught.value)
+    assert "documents" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="consequences: documents: 120 then, 121 now"):
+        check_identity(saved, {**saved, "consequences": {"documents": 121}})
+
+
 def test_refused_start_sets_nothing_aside(tmp_path: Path) -> None:
     save_steps(tmp_path, 2, 4)
     decision = make_manager(tmp_path, load_step=2).decide(1000)

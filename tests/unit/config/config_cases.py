@@ -181,6 +181,20 @@ CASES: dict[str, Case] = {
     "mix: path and hub, weight and repeats": replace('path = "data.jsonl"', MIX + 'hub = "a/b"\nweight = 1\nrepeats = 2'),
     "mix: some weights": replace('path = "data.jsonl"', MIX + 'weight = 1\n[[dataset.mix]]\nhub = "a/b"\n[[dataset.mix]]\npath = "c"\nrepeats = 2'),
     "mix: no source": replace('path = "data.jsonl"', '[[dataset.mix]]\nformat = "text"'),
+    "mix: broken keys of a table judge nothing": replace(
+        'path = "data.jsonl"', MIX + '[[dataset.mix]]\nhub = 5\nsubset = "x"\n[[dataset.mix]]\nhbu = "a/b"\nsplit = "test"'
+    ),
+    "mix: faults of later tables": replace('path = "data.jsonl"', MIX + "[[dataset.mix]]\nweight = 1\n\n[[dataset.mix]]\nrepeats = 2"),
+    "mix: faults of inline tables": replace('path = "data.jsonl"', "mix = [\n  {path = 'a'},\n  {weight = 1},\n  {},\n]"),
+    "mix: format, columns and parts of a Hub data set beside it": replace(
+        'path = "data.jsonl"', 'format = "text"\ncolumns = {text = "body"}\nsubset = "x"\nsplit = "test"\nrevision = "main"\n' + MIX
+    ),
+    "mix: format and columns above it": replace(
+        'path = "data.jsonl"', MIX, "--dataset.format", "text", "--dataset.columns.text", "body", "--dataset.split=test"
+    ),
+    "mix: format between it and its base": Case(
+        'base = "base.toml"\n[dataset]\nformat = "chat"\n', others={"base.toml": GOOD.replace('path = "data.jsonl"', MIX)}
+    ),
     "mix: a source beside it": replace('path = "data.jsonl"', 'path = "data.jsonl"\nmix = [{path = "x"}]'),
     "mix: not tables": replace('path = "data.jsonl"', 'mix = ["a.jsonl"]'),
     "mix: one table": replace('path = "data.jsonl"', '[dataset.mix]\npath = "a"'),
@@ -189,8 +203,30 @@ CASES: dict[str, Case] = {
     "hub: streaming for epochs": Case(
         GOOD.replace('path = "data.jsonl"', 'hub = "a/b"\nstreaming = true').replace("steps = 10", "epochs = 1"), ("--dataset.last_batch", "drop")
     ),
+    "hub: dropped, and a part of it asked for above": Case(
+        'base = "base.toml"\n[dataset]\npath = "d.jsonl"\nsubset = "x"\n',
+        ("--dataset.streaming",),
+        {"base.toml": GOOD.replace('path = "data.jsonl"', 'hub = "a/b"\nrevision = "main"')},
+    ),
+    "hub: checkpoints by epochs of a stream": Case(
+        GOOD.replace('path = "data.jsonl"', 'hub = "a/b"\nstreaming = true') + '[checkpoint]\nenable_checkpoint = true\ninterval_type = "epochs"\n'
+    ),
+    "hub: checkpoints by epochs, of a stream on the command line": Case(
+        GOOD.replace('path = "data.jsonl"', 'hub = "a/b"') + '[checkpoint]\nenable_checkpoint = true\ninterval_type = "epochs"\n',
+        ("--dataset.streaming",),
+    ),
+    "hub: validation without documents": Case(GOOD.replace('path = "data.jsonl"', 'hub = "a/b"'), ("--validation.enable",)),
+    "hub: validation without documents, of a stream": Case(
+        GOOD.replace('path = "data.jsonl"', 'hub = "a/b"\nstreaming = true'), ("--validation.enable",)
+    ),
+    "hub: held-out split dropped with it": Case(
+        GOOD.replace('path = "data.jsonl"', 'hub = "a/b"') + '[validation]\nenable = true\nsplit = "test"\n', ("--dataset.path", "d.jsonl")
+    ),
     "hub: held-out split of none": add("[validation]\nenable = true\nsplit = 'test'"),
     "no data": replace('path = "data.jsonl"', ""),
+    "no data for the tokens to add": replace(
+        'path = "data.jsonl"', "", "--checkpoint.enable_checkpoint", "--checkpoint.create_seed_checkpoint", "--model.resize_embeddings"
+    ),
     "validation without documents": add("[validation]\nenable = true"),
     "validation path and fraction": add("[validation]\nenable = true\npath = 'v.jsonl'\nfraction = 0.1"),
     "batch does not divide": say("--training.local_batch_size", "3", world_size=2),

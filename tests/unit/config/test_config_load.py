@@ -1,6 +1,7 @@
 """What a right config gives: layers, forms of the command line, notices, the resolved TOML."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tunelib.config import LoadedConfig, load_config, load_or_exit, resolve_dump
 from tunelib.config.effect import has_effect, is_given
 from tunelib.config.fields import FIELDS, TABLES, Field, is_unset, show_value
 from tunelib.config.load import read_value
-from tunelib.config.schema import Parallelism, Training
+from tunelib.config.schema import Dataset, Parallelism, Training
 from tunelib.errors import ConfigError
 
 SEED_COMMAND = (
@@ -281,3 +282,102 @@ def test_tables_of_a_mix_replace_those_of_the_base() -> None:
     assert [source.path for source in load('base = "base.toml"\n[[dataset.mix]]\npath = "c"\n').config.dataset.mix] == ["c"]
     notices = load('base = "base.toml"\n', "--dataset.path", "d.jsonl").notices
     assert notices == ["command line: --dataset.path d.jsonl: takes the place of dataset.mix (base.toml:6)"]
+
+
+HUB = GOOD.replace('path = "data.jsonl"', 'hub = "a/b"\nsubset = "x"\nsplit = "part"\nstreaming = true')
+MIX = GOOD.replace('path = "data.jsonl"', '[[dataset.mix]]\npath = "/a.jsonl"')
+PARTS = "dataset.hub (run.toml:6), dataset.subset (run.toml:7), dataset.split (run.toml:8), dataset.streaming (run.toml:9)"
+
+
+def test_what_needs_a_dropped_key_is_dropped_with_it() -> None:
+    loaded = load(HUB, "--dataset.path", "/d.jsonl")
+    assert loaded.notices == [f"command line: --dataset.path /d.jsonl: takes the place of {PARTS}"]
+    dataset = loaded.config.dataset
+    assert (dataset.path, dataset.hub, dataset.subset, dataset.split, dataset.streaming) == ("/d.jsonl", "", "", "train", False)
+
+
+def test_validation_split_goes_with_the_hub_and_another_way_to_hold_out_may_stand() -> None:
+    text = HUB + '[validation]\nenable = true\nsplit = "test"\n'
+    loaded = load(text, "--dataset.path", "/d.jsonl", "--validation.path", "/v.jsonl")
+    assert (loaded.config.validation.path, loaded.config.validation.split) == ("/v.jsonl", "")
+    loaded = load(text, "--dataset.path=/d.jsonl", "--validation.no-enable")
+    assert (loaded.config.validation.enable, loaded.config.validation.split) == (False, "")
+
+
+def test_what_a_dropped_key_had_turned_off_may_stand() -> None:
+    base = HUB.replace("streaming = true", "").replace("steps = 10", "")
+    text = 'base = "base.toml"\n[dataset]\nstreaming = true\n[training]\nsteps = 10\n'
+    assert load(text, base=base).config.dataset.streaming
+    loaded = load(text, "--dataset.path=/d.jsonl", "--training.epochs=2", base=base)
+    assert (loaded.config.dataset.streaming, loaded.config.training.steps, loaded.config.training.epochs) == (False, None, 2)
+
+
+def test_a_key_that_is_dropped_itself_drops_nothing() -> None:
+    base = GOOD.replace('path = "data.jsonl"', 'hub = "a/b"')
+    loaded = load('base = "base.toml"\n[training]\nepochs = 2\n', "--dataset.streaming", base=base)
+    assert (loaded.config.training.steps, loaded.config.training.epochs) == (10, None)
+    assert loaded.notices == ["command line: --dataset.streaming: turns off training.epochs (run.toml:3)"]
+
+
+def test_mix_of_a_higher_layer_takes_the_place_of_a_source_and_of_how_it_was_read() -> None:
+    base = HUB.replace("streaming = true", 'streaming = true\nformat = "text"\ncolumns = {text = "body"}')
+    loaded = load('base = "base.toml"\n[[dataset.mix]]\npath = "/c"\n', base=base)
+    gone = PARTS.replace("run.toml", "base.toml").split(", ")
+    gone += ["dataset.format (base.toml:10)", "dataset.columns.text (base.toml:11)"]
+    (notice,) = loaded.notices
+    start, _, named = notice.partition(": takes the place of ")
+    assert (start, sorted(named.split(", "))) == ("run.toml:2: dataset.mix = […]", sorted(gone))
+    assert replace(loaded.config.dataset, mix=()) == Dataset()
+
+
+def test_format_goes_with_the_source_that_displaces_a_mix() -> None:
+    loaded = load(MIX, "--dataset.path", "/d.jsonl", "--dataset.format", "text", "--dataset.columns.text", "body")
+    assert (loaded.config.dataset.mix, loaded.config.dataset.format, loaded.config.dataset.columns.text) == ((), "text", "body")
+    assert loaded.notices == ["command line: --dataset.path /d.jsonl: takes the place of dataset.mix (run.toml:6)"]
+
+
+def test_only_a_source_displaces_a_mix() -> None:
+    for words in ("--dataset.format text", "--dataset.columns.text body", "--dataset.subset x", "--dataset.split x", "--dataset.revision x"):
+        with pytest.raises(ConfigError, match=r"has no effect beside \[\[dataset.mix\]\] \(run.toml:6\); write it inside its tables"):
+            load(MIX, *words.split())
+
+
+LAYERED: dict[str, object] = {
+    "dataset.path": "/d", "dataset.hub": "a/b", "dataset.mix": [{"path": "/m"}], "dataset.subset": "x", "dataset.split": "y",
+    "dataset.streaming": True, "dataset.format": "text", "dataset.columns.text": "body", "dataset.last_batch": "drop",
+    "training.steps": 3, "training.epochs": 2, "validation.enable": True, "validation.path": "/v", "validation.split": "z",
+    "validation.fraction": 0.5, "checkpoint.enable_checkpoint": True, "checkpoint.interval_type": "epochs",
+}  # fmt: skip
+"""Keys that need or exclude each other, with a value that says something."""
+
+
+BASES = (
+    "dataset.hub dataset.subset dataset.split dataset.streaming dataset.format training.steps validation.enable validation.split",
+    "dataset.path dataset.format dataset.columns.text training.epochs checkpoint.enable_checkpoint checkpoint.interval_type",
+    "dataset.mix training.steps dataset.last_batch validation.enable validation.fraction",
+)
+"""Keys that go together."""
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(BASES), st.dictionaries(st.sampled_from(list(LAYERED)), st.integers(min_value=1, max_value=2), max_size=4))
+def test_config_in_memory_is_that_of_the_resolved_toml_whatever_the_layers(base: str, above: dict[str, int]) -> None:
+    layers = {**dict.fromkeys(base.split(), 0), **above}
+    texts = [GOOD.replace("[dataset]", "").replace('path = "data.jsonl"', "").replace("steps = 10", ""), 'base = "0.toml"\n', 'base = "1.toml"\n']
+    for number, text in enumerate(texts):
+        tables: dict[str, str] = {}
+        for key in (key for key, layer in layers.items() if layer == number):
+            section, _, name = key.rpartition(".")
+            value = '[{path = "/m"}]' if name == "mix" else show_value(LAYERED[key])
+            tables[section] = tables.get(section, "") + f"{name} = {value}\n"
+        text = text.replace("[training]", "") + "".join(f"[{section}]\n{lines}" for section, lines in tables.items())
+        Path(f"{number}.toml").write_text(text)
+    try:
+        loaded = load_config(["2.toml", "--job.dump_folder=/runs"])
+    except ConfigError:
+        return
+    Path("resolved.toml").write_text(resolved_toml(loaded))
+    again = load_config(["resolved.toml"])
+    assert again.notices == []
+    for key in (key for key in FIELDS if key not in ("job.config_file", "model.tokenizer_path")):
+        assert read_value(again.config, key) == read_value(loaded.config, key), key

@@ -2,8 +2,11 @@
 
 import hashlib
 import io
+import os
 import random
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +17,12 @@ from unit.samples import open_tokenizer
 
 import tunelib.data.readers as readers
 from tunelib.config.schema import Columns, Dataset
-from tunelib.data.build import COLUMNS, Builder, Facts, build_source
+from tunelib.data.build import BYTES_PER_TASK, COLUMNS, ROWS_PER_TASK, Builder, Facts, build_source, estimate_bytes, plan_tasks
 from tunelib.data.encode import ALL_TRAINED, DOUBLE_BOS, NO_STOP, SPECIAL_TEXT, Reading, read_ids, read_trained
+from tunelib.data.readers import RawRow
 from tunelib.data.sources import OpenedSource, open_source
 from tunelib.data.tokenizer import Tokenizer
+from tunelib.data.workers import Rows, digest_tokens
 from tunelib.errors import DataError
 
 SOURCE = OpenedSource("data.txt", ("data.txt",), digest="", size_bytes=0, notes=())
@@ -100,6 +105,104 @@ def test_every_token_but_the_first_is_a_label_once_in_the_pieces_of_a_long_docum
     assert [label for marked, _, _ in pieces for label in marked[1:]] == list(range(1, 100))
     assert [line for *_, line in pieces] == [first // 10 + 1 for first in range(0, 99, 7)]
     assert builder.num_tokens == 100  # the shared token is stored once
+
+
+def digests_of(builder: Builder) -> list[int]:
+    return np.array(builder.documents).reshape(-1, len(COLUMNS))[:, -1].tolist()
+
+
+def test_pieces_of_a_document_share_its_digest_and_those_of_a_text_in_parts_have_their_own() -> None:
+    marked, lines = np.arange(20, dtype=np.int32), np.full(20, 1)
+    whole = digest_tokens(marked)
+    rows = new_builder(7, "split")
+    rows.add(marked, lines, 0, 1, digest=whole)
+    assert digests_of(rows) == [whole] * 3
+    text = new_builder(7, "split")
+    text.add(marked[:10], lines[:10], 0, 1, is_last=False)
+    text.add(marked[10:], lines[10:], 0, 1)
+    assert digests_of(text) == [digest_tokens(marked[first : first + 8]) for first in (0, 7, 14)]
+
+
+def test_documents_that_are_equal_once_they_are_cut_have_one_digest() -> None:
+    builder = new_builder(7, "truncate")
+    for length in (8, 9, 12, 7):
+        marked = np.arange(length, dtype=np.int32)
+        builder.add(marked, np.full(length, 1), 0, 1, digest=digest_tokens(marked))
+    digests = digests_of(builder)
+    assert digests[0] == digests[1] == digests[2] != digests[3]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (b'{"text": "abc"}', 15),
+        ({"text": "x" * 1000, "other": None, "flag": True}, 1016),
+        ({"messages": [{"role": "user", "content": "x" * 500}, {"role": "assistant", "content": "y" * 500}]}, 1013),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 500}]}]}, 508),
+        ({"input_ids": [5] * 1000, "labels": []}, 8000),
+    ],
+)
+def test_size_of_a_row_is_about_that_of_what_it_holds(row: bytes | dict[str, Any], expected: int) -> None:
+    assert estimate_bytes(row) == pytest.approx(expected, abs=16)
+
+
+def test_row_nested_without_end_is_sized_in_no_time() -> None:
+    row: Any = "x"
+    for _ in range(100_000):
+        row = [row]
+    assert estimate_bytes({"odd": row}) == 0
+
+
+@given(st.lists(st.integers(0, 4).map(lambda power: 30**power), min_size=1, max_size=600), st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_tasks_stay_near_their_size_and_hold_all_rows_in_order(sizes: list[int], is_read: bool) -> None:
+    text = "x" * max(sizes)
+    contents: list[Any] = [{"text": text[:size]} if is_read else text[:size].encode() for size in sizes]
+    tasks = list(plan_tasks(SOURCE, (RawRow(0, line, content) for line, content in enumerate(contents, start=1))))
+    assert all(isinstance(task, Rows) for task in tasks)
+    assert [content for task in tasks for content in task.contents] == contents  # type: ignore[union-attr]
+    ends = np.cumsum([len(task.lines) for task in tasks])  # type: ignore[union-attr]
+    for first, end in zip([0, *ends], ends, strict=False):
+        assert end - first <= ROWS_PER_TASK
+        assert sum(sizes[first : end - 1]) < BYTES_PER_TASK  # without its last row it is below, so that one row more was taken
+
+
+def test_rows_of_parquet_with_large_texts_make_small_tasks(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["word " * 80_000] * 20}), tmp_path / "a.parquet")
+    source = open_source(Dataset(path=str(tmp_path / "a.parquet")), tmp_path / "cache")
+    assert [len(task.lines) for task in plan_tasks(source, source.rows()) if isinstance(task, Rows)] == [1] * 20
+
+
+def grow(path: Path) -> None:
+    with open(path, "a") as file:
+        file.write('{"text": "more"}\n')
+
+
+def write_over(path: Path) -> None:
+    """As long as before, and the time set back."""
+    before = path.stat()
+    path.write_text(path.read_text().replace("one", "two"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace_by_copy(path: Path) -> None:
+    shutil.copy2(path, path.with_suffix(".copy"))
+    path.with_suffix(".copy").replace(path)
+
+
+@pytest.mark.parametrize("num_bytes", [10, 2 << 20])
+@pytest.mark.parametrize("change", [grow, write_over, replace_by_copy, Path.unlink])
+def test_file_that_changed_between_its_digest_and_the_end_of_its_reading_is_refused(tmp_path: Path, change: Any, num_bytes: int) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "one"}\n' + " " * num_bytes + "\n")
+    for _ in range(2):  # the second time with a memo of the digest
+        source = open_source(Dataset(path=str(tmp_path / "*.jsonl")), tmp_path / "cache")
+        list(source.rows())
+        source.check_unchanged()
+    change(tmp_path / "b.jsonl")
+    with pytest.raises(DataError, match=rf"^{tmp_path}/b\.jsonl changed while it was read; start again when it is complete$"):
+        source.check_unchanged()
 
 
 def test_too_long_is_an_error_as_soon_as_it_is_seen_and_names_the_line_where_the_document_begins() -> None:

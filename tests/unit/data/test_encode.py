@@ -173,7 +173,8 @@ ERRORS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "not of the format": (
         {},
         {"text": "t"},
-        "no column 'messages' among ['text'], though the data is read as 'chat'; dataset.columns names other columns",
+        "no column 'messages' among ['text'], though the data is read as 'chat'; dataset.columns names other columns, "
+        "and rows of another format are a source of their own with [[dataset.mix]]",
     ),
     "refused by the template": (
         {"template": "{{ raise_exception('no tools') }}"},

@@ -29,7 +29,7 @@ for keywords in json.loads(sys.argv[1]):
     streaming = keywords.pop("streaming", False)
     try:
         if streaming:
-            dataset, digest = stream_hub(Source(**keywords))
+            dataset, _, digest = stream_hub(Source(**keywords))
             answer = {"rows": list(dataset), "digest": digest}
         else:
             opened = open_source(Source(**keywords), Path("never-made"))
@@ -88,7 +88,7 @@ def test_data_sets_of_every_make_are_read(hub: str, tmp_path: Path) -> None:
     )
     assert bare["rows"] == [{"text": "a"}, {"text": "ß"}]
     assert images["rows"] == [{"text": "a"}]
-    assert images["notes"] == ["someone/images: columns with images, sound and the like are left out: image"]
+    assert images["notes"] == [f"someone/images: at commit {NEW}", "someone/images: columns with images, sound and the like are left out: image"]
     assert tools["rows"] == TOOLS
     assert subset["rows"] == TRAIN
     assert subset["last"] == "someone/pair/large[train], row 600"
@@ -180,7 +180,7 @@ import json
 from datasets.distributed import split_dataset_by_node
 from tunelib.config.schema import Source
 from tunelib.data.hub import stream_hub
-dataset, _ = stream_hub(Source(hub="someone/chats"))
+dataset, *_ = stream_hub(Source(hub="someone/chats"))
 shards = [split_dataset_by_node(dataset, rank, 2) for rank in range(2)]
 rows = iter(shards[1])
 first = [next(rows) for _ in range(100)]

@@ -294,6 +294,23 @@ def test_ids_that_stop_an_answer_are_part_of_what_an_index_is_made_for(tmp_path:
         index_chat(tmp_path, Tokenizer(folder), ["a"])
 
 
+def test_file_that_grows_between_its_digest_and_its_reading_leaves_no_index(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, build_source = write_rows(tmp_path / "data.jsonl", [{"text": "ab"}]), index_module.build_source
+
+    def grow_first(*words: Any) -> None:
+        write_rows(path, [{"text": "ab"}, {"text": "cd"}])
+        build_source(*words)
+
+    monkeypatch.setattr(index_module, "build_source", grow_first)
+    with pytest.raises(DataError, match=r"data\.jsonl changed while it was read; start again when it is complete$"):
+        open_index(path, tokenizer)
+    assert not list((tmp_path / "cache/index").glob("*/tokens.bin"))
+    monkeypatch.setattr(index_module, "build_source", build_source)
+    assert len(open_index(write_rows(path, [{"text": "ab"}]), tokenizer)) == 1
+
+
 def change_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
@@ -399,6 +416,21 @@ def test_held_out_documents_are_chosen_by_content_and_not_by_place(
     assert texts_of(held_out) == usual
     assert texts_of(training).isdisjoint(usual)  # copies stay with their originals
     assert len(training) + len(held_out) == 40 + len(repeated)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_pieces_of_one_document_are_on_one_side(tmp_path: Path, tokenizer: Tokenizer, num_workers: int) -> None:
+    path = write_rows(tmp_path / "data.jsonl", [{"text": f"document {number} " * 8} for number in range(60)])
+    training, held_out = split_held_out(open_index(path, tokenizer, 20, num_workers=num_workers), 0.3)
+    assert len(training) + len(held_out) == 5 * 60
+    assert set(training.lines.tolist()).isdisjoint(held_out.lines.tolist())
+
+
+def test_long_plain_text_gives_pieces_to_both_sides(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "data.txt").write_text("".join(f"line {number}\n" for number in range(500)))
+    training, held_out = split_held_out(open_index(tmp_path / "data.txt", tokenizer, 20), 0.3)
+    assert len(training)
+    assert len(held_out) == pytest.approx(0.3 * (len(training) + len(held_out)), rel=0.3)
 
 
 def test_share_held_out_is_about_what_was_asked_for(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -71,11 +71,12 @@ def test_whole_repeats_take_each_document_so_often_in_every_epoch(num_documents:
 @given(st.integers(1, 30), st.floats(0.1, 4), st.integers(0, 100), st.integers(1, 8))
 @settings(deadline=None, max_examples=100)
 def test_no_document_is_a_time_ahead_of_another_of_its_source(num_documents: int, repeats: float, seed: int, epochs: int) -> None:
+    repeats = max(repeats, 1 / num_documents)
     index = make_mix([[3] * num_documents], repeats=[repeats])
     total = sum(counts_of(index, seed, epochs), Counter())
     times = [total[document] for document in range(num_documents)]
     assert max(times) - min(times) <= 1
-    assert abs(sum(times) - max(1.0, repeats * num_documents) * epochs) <= 0.5 + 1e-6
+    assert abs(sum(times) - repeats * num_documents * epochs) <= 0.5 + 1e-6
 
 
 def test_halves_differ_between_seeds_and_between_passes() -> None:
@@ -136,9 +137,27 @@ def test_source_of_which_all_is_held_out_is_an_error() -> None:
         build_mix(index.select(index.source == 0))
 
 
-def test_one_document_by_weight_is_taken_at_least_once() -> None:
-    index = make_mix([[3] * 50, [9]], weights=[1, 0.0001])
-    assert all(epoch[50] == 1 for epoch in counts_of(index, 0, 3))
+@pytest.mark.parametrize(("weights", "repeats"), [([1, 0.001], None), (None, [1.0, 0.0025])])
+def test_source_of_less_than_one_document_an_epoch_gives_none_in_most_and_never_more(
+    weights: list[float] | None, repeats: list[float | None] | None
+) -> None:
+    index = make_mix([[3] * 50, [6] * 100], weights, repeats)
+    mix = build_mix(index)
+    epochs = counts_of(index, 0, 200)
+    own = [sum(epoch[document] for document in range(50, 150)) for epoch in epochs]
+    assert set(own) == {0, 1}
+    assert abs(sum(own) - 200 * mix.takes[1]) <= 0.5
+    assert max(sum(epochs, Counter())[document] for document in range(50, 150)) == 1  # of 100 documents, each in its turn
+    assert f"which is one document in {1 / mix.takes[1]:.3g} epochs" in describe_mix(index, mix)[1]
+
+
+def test_repeats_so_small_that_an_epoch_may_be_empty_are_an_error_that_names_them() -> None:
+    index = make_mix([[3] * 7000, [2] * 10], repeats=[0.00001, 0.01])
+    with pytest.raises(
+        DataError, match=r"^source 1: repeats = 0\.01 of 10 documents takes less than one document an epoch, and no other source more"
+    ):
+        build_mix(index)
+    assert all(sum(epoch.values()) for epoch in counts_of(make_mix([[3] * 3, [2] * 5], repeats=[1 / 3, 0.15]), 0, 50))
 
 
 def test_random_numbers_of_a_purpose_are_its_own() -> None:

@@ -158,6 +158,7 @@ def detect(**row: Any) -> Callable[[], object]:
 
 NOT_A_FLAG = "a message is trained (1, true) or not (0, false)"
 NAMES = "dataset.columns names other columns"
+ELSE = f"{NAMES}, and rows of another format are a source of their own with [[dataset.mix]]"
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "no format": (
         detect(words="w", id=1),
@@ -168,7 +169,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         detect(messages=[], text="t"),
         "columns ['messages', 'text'] fit chat and text: choose one with dataset.format",
     ),
-    "no column of messages": (row_of("chat", text="t"), f"no column 'messages' among ['text'], though the data is read as 'chat'; {NAMES}"),
+    "no column of messages": (row_of("chat", text="t"), f"no column 'messages' among ['text'], though the data is read as 'chat'; {ELSE}"),
     "messages null": (row_of("chat", messages=None), "column 'messages' is not a list of messages: null"),
     "no messages": (chat(), "column 'messages' is not a list of messages: []"),
     "one message": (row_of("chat", messages=ASK), 'column \'messages\' is not a list of messages: {"role": "user", "content": "q"}'),
@@ -251,11 +252,11 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "names of tools": (chat(ASK, SAY, tools=["f"]), "column 'tools' is not a list of tools, which are objects: [\"f\"]"),
     "no prompt": (
         row_of("prompt_completion", completion="a"),
-        f"no column 'prompt' among ['completion'], though the data is read as 'prompt_completion'; {NAMES}",
+        f"no column 'prompt' among ['completion'], though the data is read as 'prompt_completion'; {ELSE}",
     ),
     "no completion": (
         row_of("prompt_completion", prompt="q"),
-        f"no column 'completion' among ['prompt'], though the data is read as 'prompt_completion'; {NAMES}",
+        f"no column 'completion' among ['prompt'], though the data is read as 'prompt_completion'; {ELSE}",
     ),
     "completion as messages, prompt not": (
         row_of("prompt_completion", prompt="q", completion=[SAY]),
@@ -265,7 +266,10 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         row_of("prompt_completion", prompt=[ASK], completion="a"),
         "column 'completion' is text, and not the JSON of a list: Expecting value: line 1 column 1 (char 0)",
     ),
-    "no instruction": (row_of("instruct", output="a"), f"no column 'instruction' among ['output'], though the data is read as 'instruct'; {NAMES}"),
+    "no instruction": (
+        row_of("instruct", output="a"),
+        f"no column 'instruction' among ['output'], though the data is read as 'instruct'; {ELSE}",
+    ),
     "no output": (row_of("instruct", instruction="q", output=None), "column 'output' is not text: null"),
     "input a number": (row_of("instruct", instruction="q", input=3, output="a"), "column 'input' is not text: 3"),
     "messages without template": (
@@ -278,11 +282,14 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "continuation without prompt": (
         continuation(completion="a"),
-        f"no column 'prompt' among ['completion'], though the data is read as 'prompt_completion'; {NAMES}",
+        f"no column 'prompt' among ['completion'], though the data is read as 'prompt_completion'; {ELSE}",
     ),
-    "no text": (lambda: read_text({"words": "w"}, COLUMNS, WHERE), f"no column 'text' among ['words'], though the data is read as 'text'; {NAMES}"),
+    "no text": (
+        lambda: read_text({"words": "w"}, COLUMNS, WHERE),
+        f"no column 'text' among ['words'], though the data is read as 'text'; {ELSE}",
+    ),
     "text null": (lambda: read_text({"text": None}, COLUMNS, WHERE), "column 'text' is not text: null"),
-    "no ids": (tokens(ids=[1]), f"no column 'input_ids' among ['ids'], though the data is read as 'tokens'; {NAMES}"),
+    "no ids": (tokens(ids=[1]), f"no column 'input_ids' among ['ids'], though the data is read as 'tokens'; {ELSE}"),
     "ids that are no numbers": (tokens(input_ids=[1, 2.0]), "column 'input_ids' is not a list of whole numbers: [1, 2.0]"),
     "ids in text": (tokens(input_ids="1 2"), "column 'input_ids' is not a list of whole numbers: \"1 2\""),
     "labels and mask": (

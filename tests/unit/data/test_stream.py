@@ -1,21 +1,24 @@
 """A stream's rows: every document once in a pass, exact after a resume, shared out over the data ranks."""
 
+import itertools
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 from unit.samples import DEBUG_TOKENIZER
 
 from tunelib.config.schema import Columns
 from tunelib.data import stream
-from tunelib.data.encode import Encoder, Reading, read_ids
+from tunelib.data.encode import Reading
 from tunelib.data.index import FoundSource
 from tunelib.data.loader import Share, Step
+from tunelib.data.prepare import ALONE, raise_error
 from tunelib.data.sources import OpenedSource
-from tunelib.data.stream import StreamData, cut_document
+from tunelib.data.stream import Ranks, StreamData
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError
 
@@ -29,12 +32,14 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "WINDOW", 32)
 
 
-def open_data(rank: int = 0, num_ranks: int = 1, rows: list[dict[str, Any]] = ROWS, packing: bool = True, seed: int = 0) -> StreamData:
+def open_data(
+    rank: int = 0, num_ranks: int = 1, rows: list[dict[str, Any]] = ROWS, packing: bool = True, seed: int = 0, too_long: str = "split"
+) -> StreamData:
     dataset = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=min(4, len(rows)))
     found = FoundSource(OpenedSource("o/n", ("o/n[train]",), "digest", 0, (), dataset), "text", "", Columns())
     reading = Reading(TOKENIZER, None, "text", Columns(), "assistant", False, TOKENIZER.vocab_size)
     share = Share(rank, num_ranks, 2)
-    return StreamData(found, Encoder(reading), {}, SEQ_LEN, "split", packing, seed, 4 * num_ranks, share, list)
+    return StreamData(found, reading, {}, SEQ_LEN, too_long, packing, seed, 4 * num_ranks, share, ALONE)
 
 
 def documents_of(step: Step) -> list[str]:
@@ -94,19 +99,49 @@ def test_unpacked_rows_hold_one_document() -> None:
     assert step.num_tokens == sum(len(TOKENIZER.encode_document(text).ids) - 1 for text in documents_of(step))
 
 
-def test_counts_are_summed_over_the_ranks() -> None:
-    data = open_data()
-    data._sum_over_ranks = lambda counts: [10 * count for count in counts]
-    plain = open_data().step(1)
+def test_counts_are_summed_over_the_ranks_and_the_slowest_counts_the_passes() -> None:
+    data, plain = open_data(), open_data().step(1)
+    data._ranks = Ranks(raise_error, lambda own: [own, [2 * own[0], 3 * own[1], own[2] + 5]])
     step = data.step(1)
-    assert (step.num_trained, step.num_tokens) == (10 * plain.num_trained, 10 * plain.num_tokens)
+    assert (step.num_trained, step.num_tokens, step.epoch) == (3 * plain.num_trained, 4 * plain.num_tokens, 0.0)
+
+
+def test_error_of_another_rank_is_raised_here() -> None:
+    def agree(error: BaseException | None) -> None:
+        raise DataError("rank 1: its row is wrong")
+
+    data = open_data()
+    data._ranks = Ranks(agree, list)
+    with pytest.raises(DataError, match="rank 1: its row is wrong"):
+        data.step(1)
+
+
+def test_broken_network_is_said_in_every_pass() -> None:
+    data = open_data()
+    data._iterator = iter_then_fail(data._iterator, 3)
+    with pytest.raises(DataError, match=r"o/n: the stream broke: ConnectionError: down"):
+        data.step(1)
+
+
+def iter_then_fail(rows: Iterator[Any], count: int) -> Iterator[Any]:
+    yield from itertools.islice(rows, count)
+    raise ConnectionError("down")
+
+
+def test_what_was_left_out_is_told() -> None:
+    data = open_data(rows=[{"text": "a <|im_end|> b " * (30 if number % 4 == 0 else 1)} for number in range(40)], too_long="drop")
+    data.step(1)
+    report = "\n".join(data.report)
+    assert re.search(r"o/n: \d+ documents read by rank 0, in 1 passes", report)
+    assert re.search(r"\d+ documents left out: longer than 64 tokens \(first o/n\[train\], row 1\)", report)
+    assert "documents spell out special tokens" in report
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"txt": "a"}] * 5, r"o/n, row 1 of rank 0: no column 'text'"),
-        ([{"text": ""}] * 5, r"o/n: nothing to train on in the 5 rows of rank 0: no token in them is trained"),
+        ([{"txt": "a"}] * 5, r"o/n\[train\] of rank 0, row 1: no column 'text'"),
+        ([{"text": ""}] * 5, r"o/n: no token of 5 documents is trained"),
     ],
 )
 def test_what_is_wrong_with_rows_is_said(rows: list[dict[str, Any]], message: str) -> None:
@@ -115,17 +150,16 @@ def test_what_is_wrong_with_rows_is_said(rows: list[dict[str, Any]], message: st
 
 
 def test_rank_without_rows_says_so() -> None:
-    with pytest.raises(DataError, match=r"nothing to train on in the 0 rows of rank 3: there are more data ranks than rows"):
+    with pytest.raises(DataError, match=r"of rank 3: there is no row; there are more data ranks than rows"):
         open_data(3, 4, rows=ROWS[:2]).step(1)
 
 
 def test_long_documents_are_cut_as_asked() -> None:
-    marked = np.arange(12, dtype=np.int32)
-    pieces = [read_ids(piece).tolist() for piece in cut_document(marked, 5, "split", "x")]
-    assert pieces == [[0, 1, 2, 3, 4, 5], [5, 6, 7, 8, 9, 10], [10, 11]]
-    assert [piece.tolist() for piece in cut_document(marked, 5, "truncate", "x")] == [[0, 1, 2, 3, 4, 5]]
-    assert cut_document(marked, 5, "drop", "x") == []
-    assert [piece.tolist() for piece in cut_document(marked, 11, "error", "x")] == [marked.tolist()]
-    with pytest.raises(DataError, match=r"x: 12 tokens do not fit training.seq_len = 5"):
-        cut_document(marked, 5, "error", "x")
-    assert cut_document(~marked, 5, "split", "x") == []
+    rows = [{"text": "word " * 100}] * 4
+    whole = len(TOKENIZER.encode_document(rows[0]["text"]).ids) - 1
+    assert open_data(rows=rows, too_long="split", packing=False).step(1).num_tokens > 0
+    assert open_data(rows=rows, too_long="truncate", packing=False).step(1).num_tokens == 4 * SEQ_LEN < 4 * whole
+    with pytest.raises(DataError, match=r"o/n\[train\] of rank 0, row 1: \d+ tokens do not fit training.seq_len = 64"):
+        open_data(rows=rows, too_long="error").step(1)
+    with pytest.raises(DataError, match=r"o/n: all 4 documents are longer than training.seq_len = 64"):
+        open_data(rows=rows, too_long="drop").step(1)

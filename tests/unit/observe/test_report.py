@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from unit.samples import make_index
 
@@ -12,15 +13,15 @@ from tunelib.observe.report import Summary, unigram_entropy
 def test_unigram_entropy_is_that_of_the_trained_labels() -> None:
     index = make_index([4, 4], trained=[[True, True, False, True], [True, False, False, False]])
     index.sources[0].marked[:] = [9, 1, 1, ~7, 2, 9, 2, ~8, ~8, ~8]  # trained labels: 1, 1, 2, and 2
-    assert unigram_entropy(index) == pytest.approx(math.log(2))
+    assert unigram_entropy(index, np.arange(len(index))) == pytest.approx(math.log(2))
     index.sources[0].marked[:] = 3
-    assert unigram_entropy(index) == 0
+    assert unigram_entropy(index, np.arange(len(index))) == 0
 
 
 def test_unigram_entropy_is_of_the_selected_documents_only() -> None:
     index = make_index([2, 2])
-    assert unigram_entropy(index) == pytest.approx(math.log(4))
-    assert unigram_entropy(index.select(index.lines == 1)) == pytest.approx(math.log(2))
+    assert unigram_entropy(index, np.arange(len(index))) == pytest.approx(math.log(4))
+    assert unigram_entropy(index, np.array([0])) == pytest.approx(math.log(2))
 
 
 def test_speed_is_since_the_last_call() -> None:
