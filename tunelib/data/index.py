@@ -20,9 +20,10 @@ import numpy as np
 import tokenizers
 
 from tunelib.config.schema import FORMAT_COLUMNS, Columns, Dataset, MixedSource, Source
-from tunelib.data.build import COLUMNS, DOCUMENTS_FILE, FACTS_FILE, TOKENS_FILE, Facts, build_source
+from tunelib.data.build import COLUMNS, CONTEXT_CHARS, DOCUMENTS_FILE, FACTS_FILE, TOKENS_FILE, Facts, build_source
 from tunelib.data.chat import NO_TEMPLATE, ChatTemplate, find_template
 from tunelib.data.encode import Reading
+from tunelib.data.readers import TEXT_PART_CHARS
 from tunelib.data.shapes import detect_format
 from tunelib.data.sources import OpenedSource, RawText, open_source, parse_row
 from tunelib.data.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ from tunelib.files import (
     wait_for_lock,
 )
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 """To be raised whenever the same settings make other documents: older indexes are then not used."""
 CONVERSATIONS = ("chat", "instruct")
 """Formats that need a chat template; prompts and completions take one where there is one."""
@@ -243,7 +244,7 @@ def split_held_out(index: Index, fraction: float) -> tuple[Index, Index]:
     held_out = index.digests.astype(np.uint64) < np.uint64(fraction * 2**64)
     if held_out.all() or not held_out.any():
         left, advice = ("to train on", "smaller") if held_out.all() else ("held out", "larger")
-        equal = "; equal documents stay together" if len(np.unique(index.digests)) < len(index) else ""
+        equal = "; equal documents, and pieces of one, stay together" if len(np.unique(index.digests)) < len(index) else ""
         raise DataError(
             f"validation.fraction = {fraction} of {len(index)} documents leaves none {left}{equal}: give a {advice} one, or files as validation.path"
         )
@@ -329,7 +330,13 @@ def _index_source(
     reading, too_long, fingerprint = describe_reading(found, section, seq_len, tokenizer, template, vocab_size)
     stop_ids = sorted(tokenizer.stop_ids) if reading.template else []  # not in the tokenizer's digest; they end answers
     cache = resolve_cache_folder(section) / "index"
-    versions = {"index": INDEX_VERSION, "tokenizers": tokenizers.__version__, "vocab_size": vocab_size, "stop_ids": stop_ids}
+    versions = {
+        "index": INDEX_VERSION,
+        "tokenizers": tokenizers.__version__,
+        "vocab_size": vocab_size,
+        "stop_ids": stop_ids,
+        "parts": [TEXT_PART_CHARS, CONTEXT_CHARS],
+    }
     key = hashlib.sha256(json.dumps({**fingerprint, **versions}, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / key
     workers = _resolve_num_workers(found.opened.size_bytes) if num_workers is None else num_workers
@@ -346,6 +353,7 @@ def _index_source(
                         say(f"{found.opened.name}: tokenising {found.opened.size_bytes / 1e6:.0f} MB with {workers} processes")
                     with _staging_of_own(folder) as staging:
                         build_source(staging, found.opened, reading, seq_len, too_long, workers)
+                        found.opened.check_unchanged()
                         files = describe_files(staging, (TOKENS_FILE, DOCUMENTS_FILE, FACTS_FILE))
                         commit_folder(staging, folder, files, kind="index", source=found.opened.name)
     except OSError as error:
