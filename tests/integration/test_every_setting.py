@@ -276,7 +276,7 @@ def _(lab: Lab) -> None:
     both = lab.folder / "both.jsonl"
     both.write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ("--dataset.path", str(both), "--dataset.columns.text", "body")
-    with pytest.raises(DataError, match=r"fit chat and text: set dataset\.format"):
+    with pytest.raises(DataError, match=r"fit chat and text: choose one with dataset\.format"):
         lab.run(*words)
     lab.run(*words, "--dataset.format", "text")
     assert "60 documents, " in (said := lab.read_output())
@@ -287,7 +287,7 @@ def renamed_column(lab: Lab, rows: list[dict[str, Any]], key: str, name: str) ->
     """Rows whose column is called ``name`` are read only with the setting."""
     path = lab.folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"dataset\.columns for other names"):
+    with pytest.raises(DataError, match=r"dataset\.columns names other columns"):
         lab.run("--dataset.path", str(path))
     lab.run("--dataset.path", str(path), f"--dataset.columns.{key}", name)
 
@@ -430,13 +430,14 @@ def _(lab: Lab) -> None:
             command = [sys.executable, str(ROOT / "train.py"), str(toml), *words]
             done = subprocess.run(command, env=hub_environment(endpoint, home), capture_output=True, text=True, timeout=120, check=False)
             said[name] = done.stdout + done.stderr
+            assert done.returncode == (2 if name == "no subset" else 0), said[name]
     assert "600 documents" in said["plain"]
     assert "validation loss" in said["plain"]
     assert "300 documents" in said["split"]
     assert "600 documents" in said["revision"]
     assert "600 documents" in said["subset"]
     assert "set dataset.subset to one of 'small', 'large'" in said["no subset"]
-    assert "someone/chats: streamed: its order depends on the number of data ranks" in said["streaming"]
+    assert "someone/chats: streamed; the order depends on the number of data ranks" in said["streaming"]
     assert "2 documents" in said["mix"]
     assert len(list((home / "hub/datasets--someone--chats/snapshots").iterdir())) == 2, "both revisions were asked for"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from unit.samples import make_index
@@ -13,7 +14,7 @@ from tunelib.data.loader import build_batch
 def make_batch() -> Batch:
     """The docstring's row: documents of 3, 2 and 1 positions and padding to 8; the third label of b0 … is not trained."""
     index = make_index([3, 2, 1], trained=[[True] * 3, [False, True], [True]])
-    return build_batch(index, [torch.arange(3).numpy()], seq_len=8, packing=True)
+    return build_batch([index.read_row(np.arange(3))], seq_len=8, packing=True)
 
 
 def test_row_is_the_one_in_the_docstring() -> None:
