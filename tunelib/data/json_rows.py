@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tunelib.data.streams import MAX_LINE_BYTES, MIB
+from tunelib.data.raw_lines import MAX_LINE_BYTES, MIB
 from tunelib.errors import DataError
 
 Row = dict[str, Any]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from tunelib.data.json_rows import Row, read_json
-from tunelib.data.streams import CHUNK_BYTES, COMPRESSIONS, MAX_LINE_BYTES, damage_in, decoded_chunks, lines_of, open_stream
+from tunelib.data.raw_lines import CHUNK_BYTES, COMPRESSIONS, MAX_LINE_BYTES, damage_in, decoded_chunks, lines_of, open_stream
 from tunelib.errors import DataError
 
 KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt", ".md")

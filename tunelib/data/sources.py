@@ -7,7 +7,6 @@ source is a DataError that names it, and with a row one that begins with the row
 import contextlib
 import difflib
 import errno
-import fcntl
 import fnmatch
 import hashlib
 import json
@@ -25,7 +24,7 @@ from tunelib.data.hub import load_hub, read_hub, stream_hub
 from tunelib.data.json_rows import Row, find_lone_surrogate, has_half_escape
 from tunelib.data.readers import KINDS, RawRow, RawText, kind_of, read_file
 from tunelib.errors import DataError
-from tunelib.files import read_json, replace_file
+from tunelib.files import read_json, replace_file, wait_for_lock
 
 if TYPE_CHECKING:
     import datasets
@@ -288,8 +287,7 @@ def _digest_file(path: Path, memos: Path) -> tuple[str, FileState]:
     memo = memos / f"{hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()}.json"
     with contextlib.ExitStack() as stack:
         with _blaming_cache(memos):
-            memos.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(open(memo.with_suffix(".lock"), "w")), fcntl.LOCK_EX)
+            stack.enter_context(wait_for_lock(memo.with_suffix(".lock")))
         state, now = _state_of(path), time.time_ns()
         with contextlib.suppress(DataError):
             known = read_json(memo, DataError)

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from tunelib.data import json_rows, readers, streams
+from tunelib.data import json_rows, raw_lines, readers
 from tunelib.data.readers import RawRow, RawText, kind_of, read_file
 from tunelib.data.sources import parse_row
 from tunelib.errors import DataError
@@ -141,7 +141,7 @@ def test_rows_begin_on_the_line_that_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 64])
 def test_chunks_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
     rows = [{"text": "äé𝄞\n\\", "n": -1.5e10}, {"a": [None, True, {"b": "😀"}]}, {"nan": float("-inf")}]
-    monkeypatch.setattr(streams, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(raw_lines, "CHUNK_BYTES", chunk_bytes)
     for name, content in (("a.json", json.dumps(rows, indent=1)), ("b.json", as_lines(rows)), ("c.json", json.dumps(rows, ensure_ascii=False))):
         assert rows_of(write(tmp_path / name, content)) == rows
     text = "äé\r\n𝄞\n\n" * 3
@@ -231,7 +231,7 @@ def test_single_row_of_a_known_column_is_no_wrapped_list(tmp_path: Path) -> None
 
 
 def test_too_long_line_is_said_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (streams, json_rows, readers):
+    for module in (raw_lines, json_rows, readers):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", 1 << 20)
     long = '{"text": "' + "x" * (3 << 20) + '"}'
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n' + long)
