@@ -130,11 +130,9 @@ class ChatTemplate:
         mark = "" if parse_special_tokens else self._choose_break(messages, tools)
         if mark:
             text, spans = self._find_spans(self._break_special(messages, mark), self._break_special(tools, mark))
-        else:
-            text, spans = self._find_spans(messages, tools)
-        if mark:
             ids, offsets = self._encode_broken(text, mark)
         else:
+            text, spans = self._find_spans(messages, tools)
             encoded = self.tokenizer.encode(text, add_special_tokens=False)
             ids, offsets = encoded.ids, np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
