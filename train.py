@@ -28,15 +28,8 @@ from tunelib.data.stream import Ranks, StreamData
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import Stopped, TunelibError
 from tunelib.files import replace_file
-from tunelib.formats.hf import export_hf
-from tunelib.formats.load import (
-    check_weights,
-    check_weights_folder,
-    find_tokenizer_folder,
-    find_weights,
-    give_weights,
-    plan_export_of,
-)
+from tunelib.formats.load import check_weights, check_weights_path, find_tokenizer_folder, find_weights, give_weights, plan_export_of
+from tunelib.formats.prove import describe_export, export_model
 from tunelib.infer.generate import answer_prompts, encode_prompts
 from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.observe.console import Console
@@ -68,7 +61,7 @@ def main(argv: list[str]) -> None:
 
         with agreed():
             # Words. Without a tokenizer of its own a model is given the one beside its weights; conversations need a chat template.
-            check_weights_folder(config.checkpoint.initial_load_path)
+            check_weights_path(config.checkpoint.initial_load_path)
             tokenizer_folder = find_tokenizer_folder(config.model.tokenizer_path, config.checkpoint.initial_load_path)
             words = None
             if tokenizer_folder and (config.model.resize_embeddings or not config.checkpoint.create_seed_checkpoint):
@@ -79,7 +72,7 @@ def main(argv: list[str]) -> None:
             vocab_size = tokenizer.vocab_size if tokenizer else 0
             weights = find_weights(config.model, config.checkpoint.initial_load_path, vocab_size, config.training.seq_len)
             model = build_on_meta(weights.config, runtime.param_dtype)
-            check_weights(model, weights)
+            check_weights(weights)
 
             # Data: every document's tokens, and the order, but no batch yet.
             train_data = held_out = None
@@ -101,15 +94,16 @@ def main(argv: list[str]) -> None:
             # How the weights will leave: in the form they came in, with the words that were trained on.
             own_template = words.template.source if words and words.template and config.dataset.chat_template else None
             stop_ids = words.stop_ids if words else frozenset()
-            export = plan_export_of(model, weights, tokenizer, own_template, stop_ids, DTYPES.get(config.checkpoint.export_dtype))
+            export_dtype = DTYPES.get(config.checkpoint.export_dtype)
+            export = plan_export_of(model, weights, tokenizer, own_template, stop_ids, export_dtype, config.checkpoint.export_format)
 
         # Memory of the run: what to go on from, if nothing that decides the run has changed since.
         checkpoint_folder = folder / config.checkpoint.folder
-        manager = CheckpointManager(config.checkpoint, checkpoint_folder, runtime.is_main, resolved_toml(loaded), json.dumps(export.config, indent=2))
+        manager = CheckpointManager(config.checkpoint, checkpoint_folder, runtime.is_main, resolved_toml(loaded), json.dumps(export.fields, indent=2))
         num_steps = config.training.steps or (train_data.steps_in_epochs(config.training.epochs or 1) if isinstance(train_data, TrainData) else 0)
         decision = manager.decide(num_steps)
         console.say(decision.sentence)
-        origin, identity = describe_identity(config, export.config, train_data)
+        origin, identity = describe_identity(config, export.fields, train_data)
         check_same(identity, "the model or data")
         with agreed():
             if decision.state is not None:
@@ -228,8 +222,10 @@ def main(argv: list[str]) -> None:
             checkpoint = manager.save(weights_alone, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity), kind="model")
         elif config.checkpoint.enable_checkpoint:
             checkpoint = save()
-        export_hf(export, model_tensors(model), folder / "export", runtime.is_main)
-        for line in summary.lines(step, tokens_seen, time.monotonic() - started, peak_memory_gib(runtime.device), folder, checkpoint):
+        check = config.checkpoint.verify_export
+        proof = export_model(export, model, folder / "export", runtime.is_main, tokenizer, check, sharded=layout.mesh is not None)
+        seconds, exported = time.monotonic() - started, describe_export(export, proof)
+        for line in summary.lines(step, tokens_seen, seconds, peak_memory_gib(runtime.device), folder, checkpoint, exported):
             console.say(line)
 
 

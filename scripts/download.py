@@ -15,7 +15,11 @@ from tunelib.formats.hub import download_folder
 
 @dataclass(frozen=True)
 class Download:
-    """Fetch what training needs of a repository on the Hugging Face Hub; HF_TOKEN and HF_ENDPOINT are honoured."""
+    """Fetch what training needs of a repository on the Hugging Face Hub; HF_TOKEN and HF_ENDPOINT are honoured.
+
+    That is the tokenizer and one form of the weights: safetensors, else pytorch_model*.bin, else Meta's consolidated*.pth. The same
+    command goes on with a download that was interrupted: files that are there already are not fetched again.
+    """
 
     repo_id: Annotated[str, tyro.conf.Positional]
     """Such as HuggingFaceTB/SmolLM2-135M-Instruct."""
@@ -28,7 +32,7 @@ class Download:
     include: tuple[str, ...] = ()
     """Patterns of files to fetch instead of what training needs."""
     exclude: tuple[str, ...] = ()
-    """Patterns of files to leave out."""
+    """Patterns of files to leave out; without *.safetensors, for one, the next form of the weights is fetched."""
 
 
 def main() -> int:
@@ -38,7 +42,7 @@ def main() -> int:
     except FormatError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{words.repo_id} is in {folder}; train it with --checkpoint.initial_load_path {folder}")
+    print(f"{words.repo_id} is in {words.output_dir}; train it with --checkpoint.initial_load_path {folder}")
     return 0
 
 

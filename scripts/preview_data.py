@@ -18,7 +18,7 @@ from tunelib.data.loader import Share, TrainData
 from tunelib.data.prepare import ALONE, Batches, HeldOut, build_documents, build_train_data, find_words
 from tunelib.data.preview import COLOURED, PLAIN, describe_all, show_rendering, show_row
 from tunelib.errors import ConfigError, TunelibError
-from tunelib.formats.load import check_weights_folder, find_tokenizer_folder, find_weights
+from tunelib.formats.load import check_weights_path, find_tokenizer_folder, find_weights
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError("dataset.streaming: a stream has no documents to look at before training; preview it with --dataset.streaming false")
 
     training, section, held_out = config.training, config.dataset, config.validation
-    check_weights_folder(config.checkpoint.initial_load_path)
+    check_weights_path(config.checkpoint.initial_load_path)
     folder = find_tokenizer_folder(config.model.tokenizer_path, config.checkpoint.initial_load_path)
     assert folder is not None, "checked in config/check.py"
     words = find_words(section, folder, config.model.resize_embeddings)

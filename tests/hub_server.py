@@ -1,4 +1,4 @@
-"""A small server that speaks the Hub's API, with some data sets; for tests with the real clients."""
+"""A small server that speaks the Hub's API, with some data sets and room for models; for tests with the real clients."""
 
 import contextlib
 import hashlib
@@ -66,10 +66,20 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Some data sets, each with two commits of the same files, and one that is gated."""
+    """Some repositories, each with two commits of the same files.
+
+    someone/gated answers nothing to anybody; someone/gated-files shows its list, as the Hub does, and no file.
+    """
 
     protocol_version = "HTTP/1.1"
     asked: list[str]
+    headers_of: list[tuple[str, dict[str, str]]]
+    """Each request's path and headers."""
+    stall: tuple[str, int] | None
+    """A file's path, and after how many of its bytes the server falls silent."""
+    drop: tuple[str, int] | None
+    """A file's path, and after how many of its bytes the server hangs up, once."""
+    closing: threading.Event
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -83,10 +93,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self, names: list[str] | None = None) -> None:
         path = unquote(self.path.split("?")[0])
         self.asked.append(path)
-        words = path.removeprefix("/api").removeprefix("/datasets/").split("/")
+        self.headers_of.append((path, {key.lower(): value for key, value in self.headers.items()}))
+        words = path.removeprefix("/api").removeprefix("/datasets").removeprefix("/models").lstrip("/").split("/")
         name, action, rest = "/".join(words[:2]), words[2] if len(words) > 2 else "", words[3:]
         files = REPOSITORIES.get(name)
-        if name == "someone/gated":
+        if name == "someone/gated" or (name == "someone/gated-files" and action == "resolve"):
             self.answer(b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask first"}, 403)
         elif files is None:
             self.answer(b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no such thing"}, 404)
@@ -128,7 +139,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        path = unquote(self.path.split("?")[0])
+        if self.stall and path.endswith(f"/{self.stall[0]}"):
+            self.wfile.write(content[: self.stall[1]])
+            self.closing.wait()
+        elif self.drop and path.endswith(f"/{self.drop[0]}"):
+            self.wfile.write(content[: self.drop[1]])
+            self.close_connection, Hub.drop = True, None
+        else:
             self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
@@ -138,7 +158,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serve_hub() -> Iterator[str]:
     """The address of the server, while it runs."""
-    Hub.asked = []
+    Hub.asked, Hub.headers_of, Hub.stall, Hub.drop, Hub.closing = [], [], None, None, threading.Event()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True  # clients keep their connections open
     thread = threading.Thread(target=server.serve_forever)
@@ -146,6 +166,7 @@ def serve_hub() -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
+        Hub.closing.set()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -78,6 +78,46 @@ def crc32_of(path: Path) -> int:
     return checksum
 
 
+class ChecksummedFile:
+    """A file that is written from front to back, and knows its checksum when it ends.
+
+    Use as a context; `finish` waits until the disk has it.
+    """
+
+    def __init__(self, path: Path):
+        self.size, self.crc32 = 0, 0
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  (this object is the context)
+
+    def __enter__(self) -> "ChecksummedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes; returns how many."""
+        view = memoryview(data)
+        for begin in range(0, len(view), CHUNK_BYTES):
+            block = view[begin : begin + CHUNK_BYTES]
+            self.crc32 = zlib.crc32(block, self.crc32)
+            while block:
+                block = block[self._file.write(block) :]
+        self.size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.size
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def finish(self) -> dict[str, int]:
+        """Wait until the disk has the file; its size and crc32, as a manifest lists them."""
+        os.fsync(self._file.fileno())
+        return {"size": self.size, "crc32": self.crc32}
+
+
 def list_files(folder: Path) -> list[str]:
     """Relative names of all files below a folder but its manifest, sorted."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -132,10 +172,21 @@ def commit_folder(staging: Path, final: Path, files: dict[str, dict[str, int]], 
         sync_path(final.parent)
 
 
+def commit(staging: Path, final: Path, files: dict[str, dict[str, int]], kind: str, single_file: str = "") -> None:
+    """Make a staged folder final, or the only file of it that is wanted; see `commit_folder`."""
+    if not single_file:
+        commit_folder(staging, final, files, kind=kind)
+        return
+    sync_path(staging / single_file)
+    os.rename(staging / single_file, final)
+    sync_path(final.parent)
+
+
 def check_replaceable(final: Path, kind: str | None) -> None:
     """Make sure that a name is free, or that of an older folder of the same kind: nothing of others is ever replaced."""
     try:
-        free = not final.exists() or read_manifest(final).get("kind") == kind
+        is_empty = final.is_dir() and not any(final.iterdir())
+        free = not final.exists() or is_empty or read_manifest(final).get("kind") == kind
     except CheckpointError:
         free = False
     if not free:

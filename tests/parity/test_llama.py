@@ -56,7 +56,7 @@ def load_ours(folder: Path) -> Decoder:
     """The calls that train.py makes."""
     weights = find_weights(Model(), str(folder), vocab_size=0, seq_len=0)
     model = build_on_meta(weights.config, torch.float32)
-    check_weights(model, weights)
+    check_weights(weights)
     spread_model(model, Parallelism(), Layout(None, 0, 1), Runtime(0, 1, CPU, torch.float32, torch.float32, torch.float32))
     give_weights(model, weights, seed=0)
     return model

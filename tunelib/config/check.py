@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunelib.config.effect import has_no_config
 from tunelib.config.fields import FIELDS, find_nearest, show_value
 from tunelib.config.renamed import UNBUILT_DEGREES
 from tunelib.config.resolve import resolve_data_ranks
@@ -16,7 +17,7 @@ from tunelib.config.schema import Config
 from tunelib.config.settings import Setting
 from tunelib.config.sizes import ARCHITECTURES, SIZES
 
-TAKEN_NAMES = ("export", "adapter", "tb", "profile", "config.toml", "metrics.jsonl", "samples.jsonl")
+TAKEN_NAMES = ("export", "export_check.json", "adapter", "tb", "profile", "config.toml", "metrics.jsonl", "samples.jsonl")
 """What a run writes beside its step folders."""
 NEEDED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -167,10 +168,13 @@ def find_model_fault(checked: Checked) -> Iterator[str]:
         near = find_nearest(model.flavor, SIZES)
         hint = f"did you mean {show_value(near)}?" if near else f"the named sizes are {', '.join(SIZES)}"
         yield f"{checked.at('model.flavor')}: no such size; {hint}"
-    if model.flavor or checked.config.checkpoint.initial_load_path:
+    path = checked.config.checkpoint.initial_load_path
+    if model.flavor or (path and not has_no_config(path)):
         return
     missing = [name for name in NEEDED_SIZES if getattr(model, name) is None]
-    if len(missing) == len(NEEDED_SIZES):
+    if len(missing) == len(NEEDED_SIZES) and path:
+        yield f"{checked.at('checkpoint.initial_load_path')}: has no config.json and no params.json; put one there, or name the size as model.flavor"
+    elif len(missing) == len(NEEDED_SIZES):
         yield f"{checked.file}: the model is not given; name a folder of weights as checkpoint.initial_load_path, or a size as model.flavor"
     elif missing:
         yield f"{checked.file}: [model] lacks {', '.join(missing)}; give them, or a named size as model.flavor"
@@ -209,14 +213,16 @@ def find_context_fault(checked: Checked) -> Iterator[str]:
     """Whether seq_len exceeds the context of a model that the config describes itself."""
     model = checked.config.model
     longest = model.max_position_embeddings or SIZES.get(model.flavor, {}).get("max_position_embeddings")
-    if longest and not checked.config.checkpoint.initial_load_path:
+    path = checked.config.checkpoint.initial_load_path
+    if longest and (not path or has_no_config(path)):
         yield from find_long_rows(checked, longest, "model.max_position_embeddings" if model.max_position_embeddings else model.flavor)
 
 
 def find_weights_fault(checked: Checked) -> Iterator[str]:
     """What a config.json beside the weights shows, where there is one; whether the weights exist is asked by the run."""
-    path = Path(checked.config.checkpoint.initial_load_path) / "config.json"
-    if not checked.config.checkpoint.initial_load_path or not os.path.isfile(path):
+    weights = checked.config.checkpoint.initial_load_path
+    path = Path(os.path.dirname(weights) if os.path.isfile(weights) else weights) / "config.json"
+    if not weights or not os.path.isfile(path):
         return
     place = checked.at("checkpoint.initial_load_path")
     try:

@@ -5,6 +5,7 @@ lower layer said is dropped, with one notice, so that one flag can switch off a 
 dropped with it, unless it stands in the layer that dropped the key, or above.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -27,7 +28,10 @@ def keys_of(section: str, *without: str) -> tuple[str, ...]:
     return tuple(key for key in FIELDS if key.startswith(f"{section}.") and key not in without)
 
 
-WITHOUT_CHECKPOINTS = ("checkpoint.enable_checkpoint", "checkpoint.initial_load_path", "checkpoint.export_dtype")
+WITHOUT_CHECKPOINTS = (
+    *("checkpoint.enable_checkpoint", "checkpoint.initial_load_path"),
+    *("checkpoint.export_dtype", "checkpoint.export_format", "checkpoint.verify_export"),
+)
 """Keys of [checkpoint] that work while nothing is saved during training."""
 
 
@@ -68,7 +72,7 @@ EXCLUSIVE = (
     ("dataset.mix", "dataset.hub"),
     *(("checkpoint.initial_load_path", key) for key in keys_of("model", "model.tokenizer_path", "model.resize_embeddings")),
 )
-"""Pairs of which at most one may be given."""
+"""Pairs of which at most one may be given, but see `excludes`."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def resolve_effects(settings: dict[str, Setting], broken: set[str]) -> Effects:
 def drop_excluded(layer: int, effects: Effects) -> None:
     """Drops what settings of this layer exclude in lower ones."""
     for pair in EXCLUSIVE:
-        if all(is_given(key, effects.settings) for key in pair):
+        if excludes(pair, effects.settings):
             low, high = sorted((effects.settings[key] for key in pair), key=lambda setting: setting.origin.layer)
             if low.origin.layer < high.origin.layer == layer:
                 effects.drop(low, high, "takes the place of")
@@ -147,7 +151,7 @@ def find_problems(effects: Effects, broken: set[str]) -> None:
             effects.problems.append(Problem(explain_idle(idle, need, effects.settings), (idle.key,)))
             flagged.add(idle.key)
     for one, other in EXCLUSIVE:
-        if not flagged & {one, other} and is_given(one, effects.settings) and is_given(other, effects.settings):
+        if not flagged & {one, other} and excludes((one, other), effects.settings):
             effects.problems.append(Problem(explain_pair(effects.settings[one], effects.settings[other]), (one, other)))
             flagged.add(other)
 
@@ -163,7 +167,26 @@ def has_effect(key: str, settings: dict[str, Setting]) -> bool:
     """Whether the key's value, given or default, does something beside these settings."""
     if any(key in need.keys and is_off(need, settings) for need in NEEDS):
         return False
-    return not any(key in pair and is_given(pair[pair[0] == key], settings) for pair in EXCLUSIVE)
+    return not any(key in pair and is_given(pair[pair[0] == key], settings) and not names_no_model(pair, settings) for pair in EXCLUSIVE)
+
+
+def excludes(pair: tuple[str, str], settings: dict[str, Setting]) -> bool:
+    """Whether both keys of a pair are given, and exclude each other."""
+    return all(is_given(key, settings) for key in pair) and not names_no_model(pair, settings)
+
+
+def names_no_model(pair: tuple[str, str], settings: dict[str, Setting]) -> bool:
+    """Whether a pair is of weights that do not say what model they are, so that [model] must."""
+    path = settings.get("checkpoint.initial_load_path")
+    return "checkpoint.initial_load_path" in pair and path is not None and has_no_config(str(path.value))
+
+
+def has_no_config(path: str) -> bool:
+    """Whether a path is weights (a file, or a folder with a DCP's .metadata or files of torch.save) without a config.json or params.json."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    if not os.path.exists(path) or any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "params.json")):
+        return False
+    return os.path.isfile(path) or any(name == ".metadata" or name.endswith((".pt", ".pth", ".bin")) for name in os.listdir(folder))
 
 
 def explain_idle(idle: Setting, need: Need, settings: dict[str, Setting]) -> str:

@@ -304,11 +304,16 @@ class Checkpoint:
     """"auto": go on from the newest good checkpoint, else start fresh. "never": start fresh, setting old ones aside.
     "must": stop if there is none."""
     initial_load_path: Path = ""
-    """Weights to start from: a Hugging Face folder, or a tunelib checkpoint folder. Its config.json says what the model is."""
+    """Weights to start from, in any form: a Hugging Face, Meta or DCP folder, or a file of torch.save. The config.json or params.json
+    there says what the model is; where there is none, [model] does."""
     model_weights_only: bool = False
     """The last checkpoint holds the model's weights alone, in export_dtype; it cannot be resumed from."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the exported weights; auto is the type they came in, or training.dtype for a model trained from scratch."""
+    export_format: Literal["auto", "hf", "meta", "dcp", "torch"] = "auto"
+    """Form of the export; auto is the one that the weights came in, or hf for a model trained from scratch."""
+    verify_export: bool = True
+    """Read the export back and compare it with the trained weights, before it gets its name; the numbers are in export_check.json."""
     create_seed_checkpoint: bool = False
     """Write freshly made weights as step 0 and exit; later runs of this folder, on any layout, start from them."""
 

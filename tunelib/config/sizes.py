@@ -35,6 +35,11 @@ def llama3_scaling(factor: float) -> dict[str, object]:
     return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
+def build_params(dim: int, n_layers: int, n_heads: int, **others: object) -> dict[str, object]:
+    """What every params.json says, in Meta's names."""
+    return {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, **others}
+
+
 LLAMA_2: dict[str, object] = {"vocab_size": 32000, "max_position_embeddings": 4096, "rope_theta": 10000.0}
 LLAMA_3: dict[str, object] = {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
 LLAMA_3_1 = LLAMA_3 | {"max_position_embeddings": 131072, "rope_scaling": llama3_scaling(8.0)}
@@ -59,3 +64,25 @@ SIZES: dict[str, dict[str, object]] = {
     "tinyllama-1.1b": build_size(2048, 5632, 22, 32, 4, **(LLAMA_2 | {"max_position_embeddings": 2048})),
 }
 """Name for ``model.flavor`` → Hugging Face's config fields."""
+
+META_LLAMA_2: dict[str, object] = {"norm_eps": 1e-5, "vocab_size": -1}
+META_LLAMA_3: dict[str, object] = {"norm_eps": 1e-5, "vocab_size": 128256, "rope_theta": 500000.0}
+META_8B = build_params(4096, 32, 32, multiple_of=1024, n_kv_heads=8, ffn_dim_multiplier=1.3)
+META_70B = build_params(8192, 80, 64, multiple_of=4096, n_kv_heads=8, ffn_dim_multiplier=1.3)
+META_405B = build_params(16384, 126, 128, multiple_of=4096, n_kv_heads=8, ffn_dim_multiplier=1.2)
+META_LLAMA_3_1 = META_LLAMA_3 | {"use_scaled_rope": True}
+
+PARAMS: dict[str, dict[str, object]] = {
+    "llama2-7b": build_params(4096, 32, 32, multiple_of=256) | META_LLAMA_2,
+    "llama2-13b": build_params(5120, 40, 40, multiple_of=256) | META_LLAMA_2,
+    "llama2-70b": META_70B | META_LLAMA_2,
+    "llama3-8b": META_8B | META_LLAMA_3,
+    "llama3-70b": META_70B | META_LLAMA_3,
+    "llama3.1-8b": META_8B | META_LLAMA_3_1,
+    "llama3.1-70b": META_70B | META_LLAMA_3_1,
+    "llama3.1-405b": META_405B | META_LLAMA_3_1,
+    "llama3.2-1b": build_params(2048, 16, 32, multiple_of=256, n_kv_heads=8, ffn_dim_multiplier=1.5) | META_LLAMA_3_1,
+    "llama3.2-3b": build_params(3072, 28, 24, multiple_of=256, n_kv_heads=8, ffn_dim_multiplier=1.0) | META_LLAMA_3_1,
+    "llama3.3-70b": META_70B | META_LLAMA_3_1,
+}
+"""Name → the ``params.json`` that Meta published beside its own weights of that size."""

@@ -1,25 +1,26 @@
-"""Where weights come from and go to, tensor by tensor: slices of safetensors files, and a writer that holds one tensor at a time."""
+"""Tensors where they lie: bytes in a file, and Hugging Face tensors put together from them, whole or any part.
 
-import json
+Every format becomes the same thing here: a tensor in Hugging Face's layout is a `StoredTensor`, made of pieces (one; or one for each
+model-parallel file, or for each chunk of a DCP folder), and reading a part of it reads the bytes of that part and no more.
+"""
+
+import io
+import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tunelib.errors import FormatError
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+Where = tuple[slice, ...]
+"""A part of a tensor: a slice with plain bounds for each leading dimension; () is the whole."""
+MIN_COLUMN_BYTES = 1 << 12
+"""Columns narrower than this are cut from whole rows: reading so little saves nothing."""
+CHUNK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -30,67 +31,169 @@ class TensorInfo:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-
-def read_header(path: Path) -> list[TensorInfo]:
-    """The tensors of a safetensors file in the order in which they lie there.
-
-    Raises:
-        FormatError: the file is missing, truncated or damaged, or holds a type that is not a floating-point one.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            infos = []
-            for name in file.offset_keys():
-                piece = file.get_slice(name)
-                if piece.get_dtype() not in SAFETENSORS_DTYPES:
-                    raise FormatError(f"{path}: {name} has type {piece.get_dtype()}; {', '.join(SAFETENSORS_DTYPES)} are read")
-                infos.append(TensorInfo(name, SAFETENSORS_DTYPES[piece.get_dtype()], tuple(piece.get_shape())))
-            return infos
-    except FileNotFoundError:
-        raise FormatError(f"{path} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} cannot be read as safetensors: {error}") from None
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
-def read_slice(path: Path, name: str, where: tuple[slice, ...]) -> Tensor:
-    """A part of one tensor; only its bytes are read from the disk."""
-    with safe_open(path, framework="pt") as file:
-        piece = file.get_slice(name)
-        return piece[where] if where else piece[:] if piece.get_shape() else file.get_tensor(name)
+class Stored(Protocol):
+    """Something stored that can be read in parts."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, where: Where = ()) -> Tensor:
+        """The tensor, or its part at ``where``, as memory of its own."""
+        ...
 
 
-class SafetensorsWriter:
-    """Writes one safetensors file, tensor after tensor, in the order given at the start.
+@dataclass(frozen=True)
+class Region:
+    """A tensor's bytes in a file, little-endian.
 
-    The layout is eight bytes with the header's length, a JSON header, then each tensor's bytes, little-endian and row-major
-    (the safetensors format, section "Format").
+    Attributes:
+        offset: bytes before it in the file.
+        strides: elements from one index to the next, by dimension; None for row-major.
     """
 
-    def __init__(self, file: BinaryIO, tensors: Iterable[TensorInfo]):
-        self._file, self._expected = file, list(tensors)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for info in self._expected:
-            end = offset + nbytes(info)
-            header[info.name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, end]}
-            offset = end
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
 
-    def write(self, tensor: Tensor) -> None:
-        """Write the next tensor."""
-        info = self._expected.pop(0)
-        assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{info} expected, not {tensor.shape} {tensor.dtype}"
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    def read(self, where: Where = ()) -> Tensor:
+        """The tensor, or its part at ``where``.
 
-    def finish(self) -> None:
-        """All tensors are there; wait until the disk has them."""
-        assert not self._expected, f"{self._expected[0].name} was not written"
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        Raises:
+            FormatError: the file ends too early, or cannot be read.
+        """
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                if self.strides is not None:
+                    last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+                    spanned = torch.empty(last + 1 if math.prod(self.shape) else 0, dtype=self.dtype)
+                    return _read_into(file, self.offset, spanned).as_strided(self.shape, self.strides)[where].clone()
+                return self._read_rows(file, bounds_of(where, self.shape))
+        except OSError as error:
+            raise FormatError(f"{self.path} cannot be read: {error.strerror}") from None
+        except EOFError:
+            raise FormatError(f"{self.path} is truncated: it ends before the tensor at byte {self.offset} does") from None
+
+    def _read_rows(self, file: io.RawIOBase, bounds: list[tuple[int, int]]) -> Tensor:
+        """Whole rows in one go; columns row by row, or cut from whole rows."""
+        if not bounds:
+            return _read_into(file, self.offset, torch.empty((), dtype=self.dtype))
+        (first, last), rest = bounds[0], bounds[1:]
+        row_shape = self.shape[1:]
+        row_bytes = math.prod(row_shape) * self.dtype.itemsize
+        if all(bound == (0, size) for bound, size in zip(rest, row_shape, strict=True)):
+            return _read_into(file, self.offset + first * row_bytes, torch.empty((last - first, *row_shape), dtype=self.dtype))
+        part = torch.empty((last - first, *(end - begin for begin, end in rest)), dtype=self.dtype)
+        if len(rest) == 1 and (rest[0][1] - rest[0][0]) * self.dtype.itemsize >= MIN_COLUMN_BYTES:
+            for number in range(last - first):
+                _read_into(file, self.offset + (first + number) * row_bytes + rest[0][0] * self.dtype.itemsize, part[number])
+            return part
+        columns = (slice(None), *(slice(*bound) for bound in rest))
+        step = max(1, CHUNK_BYTES // max(row_bytes, 1))
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            rows = _read_into(file, self.offset + begin * row_bytes, torch.empty((end - begin, *row_shape), dtype=self.dtype))
+            part[begin - first : end - first] = rows[columns]
+        return part
 
 
-def nbytes(info: TensorInfo) -> int:
-    """Bytes of a tensor's data."""
-    return info.dtype.itemsize * torch.Size(info.shape).numel()
+@dataclass(frozen=True)
+class Piece:
+    """Something stored, and the index in the whole tensor at which it begins."""
+
+    stored: Stored
+    begin: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in Hugging Face's layout, and what it is made of.
+
+    Attributes:
+        pieces: they cover the tensor, without overlap.
+        head_dim: above 0, the pieces' rows lie in Meta's order, by heads of so many rows; see `to_halves`.
+    """
+
+    info: TensorInfo
+    pieces: tuple[Piece, ...]
+    head_dim: int = 0
+
+    def read(self, where: Where = ()) -> Tensor:
+        """The tensor, or its part at ``where``; no more than that is read, but for rows up to the borders of heads."""
+        bounds = bounds_of(where, self.info.shape)
+        if not self.head_dim:
+            return self._gather(bounds)
+        (first, last), rest = bounds[0], bounds[1:]
+        begin = first // self.head_dim * self.head_dim
+        end = math.ceil(last / self.head_dim) * self.head_dim
+        return to_halves(self._gather([(begin, end), *rest]), self.head_dim)[first - begin : last - begin]
+
+    def _gather(self, bounds: list[tuple[int, int]]) -> Tensor:
+        """The part at these bounds as it lies in the pieces."""
+        shape = tuple(last - first for first, last in bounds)
+        whole: Tensor | None = None
+        for piece in self.pieces:
+            shared = [
+                (max(first, begin), min(last, begin + size))
+                for (first, last), begin, size in zip(bounds, piece.begin, piece.stored.shape, strict=True)
+            ]
+            if any(first >= last for first, last in shared):
+                continue
+            part = piece.stored.read(tuple(slice(first - begin, last - begin) for (first, last), begin in zip(shared, piece.begin, strict=True)))
+            if part.shape == shape:
+                return part
+            whole = torch.empty(shape, dtype=self.info.dtype) if whole is None else whole
+            whole[tuple(slice(low - first, high - first) for (low, high), (first, _) in zip(shared, bounds, strict=True))] = part
+        return torch.empty(shape, dtype=self.info.dtype) if whole is None else whole
+
+
+def bounds_of(where: Where, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """First and last-but-one index of a part, for every dimension."""
+    padded = (*where, *(slice(None) for _ in shape[len(where) :]))
+    return [part.indices(size)[:2] for part, size in zip(padded, shape, strict=True)]
+
+
+def shape_of(where: Where, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a part."""
+    return tuple(max(last - first, 0) for first, last in bounds_of(where, shape))
+
+
+def to_halves(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows of q or k, (heads · head_dim, …), from Meta's order to Hugging Face's.
+
+    Meta rotates neighbours, (0, 1), (2, 3), …; Hugging Face rotates row i with row i + head_dim / 2. So within each head the even
+    rows come first, then the odd ones.
+    """
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def to_pairs(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows of q or k, (heads · head_dim, …), from Hugging Face's order to Meta's: the inverse of `to_halves`."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major; those of a contiguous one on the CPU are not copied."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _read_into(file: io.RawIOBase, offset: int, target: Tensor) -> Tensor:
+    """Fill a contiguous tensor from a place in a file; raises EOFError where the file ends first."""
+    view = memoryview(target.reshape(-1).view(torch.uint8).numpy().data)
+    done = 0
+    while done < len(view):
+        count = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], offset + done)
+        if count == 0:
+            raise EOFError
+        done += count
+    return target

@@ -81,8 +81,12 @@ class Summary:
         self._logged = (self._tokens, self._seconds, self._num_steps)
         return {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}
 
-    def lines(self, step: int, tokens_seen: int, seconds: float, memory_gib: float, folder: Path, checkpoint: Path | None) -> list[str]:
-        """The summary, with where each output lies."""
+    def lines(self, step: int, tokens_seen: int, seconds: float, memory_gib: float, folder: Path, checkpoint: Path | None, export: str) -> list[str]:
+        """The summary, with where each output lies.
+
+        Args:
+            export: what the export is, in words.
+        """
         loss = f"; training loss {np.mean(self._losses):.4f} (mean of the last {len(self._losses)} steps)" if self._losses else ""
         first, last = (f"{loss:.4f}" for loss in (self._validations[0], self._validations[-1])) if self._validations else ("", "")
         validation = f"; validation loss {first} → {last}" if len(self._validations) > 1 else f"; validation loss {last}" if last else ""
@@ -92,5 +96,5 @@ class Summary:
             f"speed      {rate}{tokens_seen:,} tokens in all; {seconds:.1f} s in this process; peak memory {memory_gib:.2f} GiB",
             f"written    {folder / METRICS_FILE}",
             *([f"           {checkpoint}"] if checkpoint else []),
-            f"           {folder / 'export'}: open it with transformers, or go on from it with --checkpoint.initial_load_path",
+            f"           {folder / 'export'}: {export}; go on from it with --checkpoint.initial_load_path",
         ]

@@ -26,6 +26,11 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
     return FAMILIES[architectures[0]].parse_config(fields, where)
 
 
+def family_of(config: ModelConfig) -> ModuleType:
+    """The module of a model's family, with its tables of names."""
+    return FAMILIES[config.architecture]
+
+
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a model, for an export that has none to copy."""
-    return FAMILIES[config.architecture].hf_config(config)
+    return family_of(config).hf_config(config)

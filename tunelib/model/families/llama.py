@@ -1,5 +1,6 @@
 """Llama 2, 3, 3.1, 3.2, 3.3, TinyLlama, SmolLM2: everything whose config.json says ``LlamaForCausalLM``."""
 
+import re
 from typing import Any
 
 from tunelib.errors import FormatError
@@ -22,6 +23,60 @@ WITHOUT_EFFECT = {
     *("generation_config", "id2label", "is_llama_config", "label2id", "max_length", "model_type", "pad_token_id", "pretraining_tp"),
     *("return_dict", "torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "use_cache", "tie_encoder_decoder"),
 }
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Tensors that follow from the config, which other tools store besides; by the last parts of their names.
+DERIVED = ("rope.freqs", "freqs_cis", "rotary_emb.inv_freq")
+# Meta's names of the parts of a layer, and of the rest.
+META_LAYER = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+META_REST = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
+# The dimension along which Meta's model-parallel files divide a part; norms are in every file, and the embedding is divided either way.
+META_SPLIT = dict.fromkeys(("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3", "output"), 0) | {
+    "attention.wo": 1,
+    "feed_forward.w2": 1,
+}
+ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
+"""Parts whose rows Meta keeps in pairs."""
+_HF_LAYER, _HF_REST = ({meta: hf for hf, meta in names.items()} for names in (META_LAYER, META_REST))
+
+
+def to_meta_name(name: str) -> str | None:
+    """Meta's name of a Hugging Face weight; None where it has none."""
+    if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+        part = META_LAYER.get(match[2])
+        return part and f"layers.{match[1]}.{part}.{match[3]}"
+    module, _, kind = name.rpartition(".")
+    return f"{META_REST[module]}.{kind}" if module in META_REST else None
+
+
+def to_hf_name(name: str) -> str | None:
+    """The Hugging Face name of one of Meta's weights; None where it has none."""
+    if match := re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name):
+        part = _HF_LAYER.get(match[2])
+        return part and f"model.layers.{match[1]}.{part}.{match[3]}"
+    module, _, kind = name.rpartition(".")
+    return f"{_HF_REST[module]}.{kind}" if module in _HF_REST else None
+
+
+def rotary_head_dim(name: str, config: ModelConfig) -> int:
+    """Rows of one head of a Hugging Face weight whose rows Meta orders in pairs; 0 for all others."""
+    return config.head_dim if any(f".{part}." in name for part in ROTARY) else 0
+
+
+def meta_split_dim(meta_name: str) -> int | None:
+    """The dimension along which Meta's files divide a weight; None for one that each of them holds whole, or the embedding."""
+    return next((dim for part, dim in META_SPLIT.items() if f".{meta_name}".endswith(f".{part}.weight")), None)
 
 
 def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:

@@ -1,0 +1,190 @@
+"""Any checkpoint to any form: open, plan, prove, and only then write, tensor by tensor."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from tunelib import files
+from tunelib.data.tokenizer import Tokenizer
+from tunelib.errors import DataError, FormatError, SaveError
+from tunelib.formats.compare import NOT_IN_PARAMS, different_fields
+from tunelib.formats.export import ORIGINAL, TOKENIZER_MODEL, plan_checkpoint
+from tunelib.formats.gguf import GGUF_TYPES, GgufPlan, plan_gguf, write_gguf
+from tunelib.formats.plan import GGUF_FILE, KINDS, MAX_SHARD_BYTES, Plan, Wish, parse_size
+from tunelib.formats.source import TORCH_SUFFIXES, StoredModel, check_model, open_checkpoint
+from tunelib.formats.write import KIND, write_checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SUFFIXES = {"torch": TORCH_SUFFIXES, "gguf": (".gguf",)}
+"""Forms that may be a file of such a name, instead of a folder that holds one."""
+FILE_SUFFIXES = (*TORCH_SUFFIXES, ".gguf", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that was proven, before a byte is written.
+
+    Attributes:
+        gguf: the plan of a GGUF file, in place of ``plan``.
+        single_file: the name of the only file that is kept, where OUT is a file.
+        notes: what the target cannot hold, and what was left out.
+    """
+
+    source: StoredModel
+    target: Path
+    plan: Plan | None
+    gguf: GgufPlan | None
+    single_file: str
+    notes: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors to be written."""
+        plan = self.plan or self.gguf
+        assert plan is not None
+        return plan.num_bytes
+
+
+def plan_conversion(
+    source_path: Path,
+    target: Path,
+    kind: str,
+    dtype: str = "",
+    like_path: Path | None = None,
+    max_shard_size: str = "",
+    model_parallel: int = 0,
+    meta_names: bool = False,
+) -> Conversion:
+    """Look at both ends and prove that the conversion is complete.
+
+    Args:
+        dtype: of all tensors; empty for those that they have (GGUF: also "q8_0").
+        like_path: a checkpoint whose config and tokenizer to take, and, where it has the same form, files and names.
+        max_shard_size: of one file, such as "5GB".
+        model_parallel: files of Meta's form.
+        meta_names: a DCP folder with Meta's names, as torchtitan has it.
+
+    Raises:
+        FormatError: what cannot be read, does not fit together, or cannot be written as asked.
+    """
+    _check_wishes(kind, dtype, like_path, max_shard_size, model_parallel, meta_names)
+    check_target(target, SUFFIXES.get(kind, ()))
+    like = open_checkpoint(like_path) if like_path is not None else None
+    source = open_checkpoint(source_path, like.fields if like is not None else None)
+    if like is not None:
+        source = _take_config(source, like)
+    check_model(source)
+    home = (like or source).folder
+    tokenizer, notes = _find_tokenizer(home)
+    notes += _describe_skipped(source)
+    if kind == "gguf":
+        shapes = {name: info.shape for name, info in source.weights.items()}
+        own_dtype = str(next(iter(source.weights.values())).dtype).removeprefix("torch.")
+        template = tokenizer.chat_template if tokenizer else None
+        gguf = plan_gguf(source.config, shapes, tokenizer, template, dtype or own_dtype, home.absolute().name)
+        return Conversion(source, target, None, gguf, GGUF_FILE if target.suffix in SUFFIXES["gguf"] else "", tuple(notes))
+    weights = {name: replace(info, dtype=DTYPES[dtype]) if dtype else info for name, info in source.weights.items()}
+    form = (like or source).form
+    is_same_form = form.kind == kind and not max_shard_size and not model_parallel and kind in ("hf", "meta")
+    wish = Wish(kind, parse_size(max_shard_size) if max_shard_size else MAX_SHARD_BYTES, model_parallel or 1, meta_names)
+    fields = source.fields
+    if source.form.kind == "meta" and kind != "meta" and like is None and tokenizer is not None:
+        fields = tokenizer.special_ids | fields
+    stop_ids = tokenizer.stop_ids if tokenizer else frozenset()
+    planned = plan_checkpoint(wish, form if is_same_form else None, weights, fields, home, tokenizer, None, stop_ids)
+    single_file = next(iter(planned.form.files)) if kind == "torch" and target.suffix in TORCH_SUFFIXES else ""
+    return Conversion(source, target, planned, None, single_file, (*notes, *planned.notes))
+
+
+def convert(conversion: Conversion, wrote: Callable[[int], None] = lambda _: None) -> None:
+    """Do what was planned; an interruption leaves nothing that looks finished.
+
+    Args:
+        wrote: called with the number of bytes after each tensor.
+
+    Raises:
+        SaveError: no room on the disk, or it cannot be written.
+    """
+    target, source = conversion.target, conversion.source
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < conversion.num_bytes:
+        raise SaveError(f"{target} needs {conversion.num_bytes / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are free there")
+    if conversion.plan is not None:
+        write_checkpoint(conversion.plan, source.read, target, wrote=wrote, single_file=conversion.single_file)
+        return
+    assert conversion.gguf is not None
+    try:
+        staging = files.make_staging(target)
+        try:
+            write_gguf(conversion.gguf, staging / GGUF_FILE, source.read, wrote)
+            files.commit(staging, target, files.describe_files(staging, [GGUF_FILE]), KIND, conversion.single_file)
+        finally:
+            files.remove_folder(staging)
+    except OSError as error:
+        raise SaveError(f"{target} cannot be written: {error}") from None
+
+
+def check_target(target: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """Make sure that nothing is overwritten.
+
+    Args:
+        suffixes: with which the target is a file.
+
+    Raises:
+        FormatError: it exists and is not an empty folder, or is named like a file of another form.
+    """
+    if target.is_dir() and any(target.iterdir()):
+        raise FormatError(f"{target} is not empty: nothing is overwritten; name another folder, or remove it first")
+    if target.exists() and (not target.is_dir() or target.suffix in suffixes):
+        raise FormatError(f"{target} exists: nothing is overwritten; name another, or remove it first")
+    if target.suffix in FILE_SUFFIXES and target.suffix not in suffixes:
+        raise FormatError(f"{target} is named like a file, but this form is a folder; name a folder")
+
+
+def _check_wishes(kind: str, dtype: str, like: Path | None, max_shard_size: str, model_parallel: int, meta_names: bool) -> None:
+    """Refuse what has no effect on this form."""
+    if kind not in KINDS:
+        raise FormatError(f"--to {kind}: the forms are {', '.join(KINDS)}")
+    dtypes = GGUF_TYPES if kind == "gguf" else tuple(DTYPES)
+    if dtype and dtype not in dtypes:
+        raise FormatError(f"--dtype {dtype}: {kind} takes {', '.join(dtypes)}")
+    given = {
+        "--max_shard_size": (bool(max_shard_size), ("hf", "dcp")),
+        "--model_parallel": (model_parallel != 0, ("meta",)),
+        "--dcp_names meta": (meta_names, ("dcp",)),
+    }
+    for name, (is_given, kinds) in given.items():
+        if is_given and kind not in kinds:
+            raise FormatError(f"{name} has no effect with --to {kind}; it is for {' and '.join(kinds)}")
+    if model_parallel < 0:
+        raise FormatError(f"--model_parallel {model_parallel}: a number of files from 1 up")
+
+
+def _take_config(source: StoredModel, like: StoredModel) -> StoredModel:
+    """The source with the config of another checkpoint, which must be one of the same model."""
+    exempt = (*NOT_IN_PARAMS, "tie_word_embeddings")
+    if fields := different_fields(source.config, like.config, exempt):
+        raise FormatError(f"{source.path} and --like {like.path} are not the same model: {'; '.join(fields)}")
+    return replace(source, config=like.config, fields=like.fields)
+
+
+def _find_tokenizer(home: Path) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer that lies in a folder, or in its ``original``; and a note where it cannot come along as it should."""
+    for folder in (home, home / ORIGINAL):
+        if any((folder / name).is_file() for name in ("tokenizer.json", TOKENIZER_MODEL)):
+            try:
+                return Tokenizer(folder), []
+            except DataError as error:
+                return None, [f"the tokenizer is left out: {error}"]
+    return None, [f"{home} has no tokenizer, so none comes along"]
+
+
+def _describe_skipped(source: StoredModel) -> list[str]:
+    if not source.skipped:
+        return []
+    more = f" and {len(source.skipped) - 1} more" if len(source.skipped) > 1 else ""
+    return [f"left out, being no weights: {source.skipped[0]}{more}"]

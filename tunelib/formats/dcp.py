@@ -1,0 +1,157 @@
+"""DCP folders, tensor by tensor: where each chunk lies, and writing a folder without holding the model.
+
+A ``.distcp`` file is a row of small files of `torch.save`, one for each chunk of a tensor; ``.metadata`` says which is where. torch's
+own converters hold the whole model; here a chunk is read from where it lies, and only the part that is asked for.
+"""
+
+import io
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from tunelib.checkpoint.dcp_reader import SafeReader
+from tunelib.errors import CheckpointError, FormatError
+from tunelib.files import ChecksummedFile
+from tunelib.formats.tensors import Piece, TensorInfo, Where
+from tunelib.formats.torch_file import read_layout, region_of
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk of a tensor: a file of ``torch.save`` inside a ``.distcp`` file."""
+
+    path: Path
+    start: int
+    length: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self, where: Where = ()) -> Tensor:
+        """The chunk, or its part at ``where``; raises FormatError."""
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                tensor = read_layout(io.BufferedReader(_Window(file, self.start, self.length)), self.path)
+        except OSError as error:
+            raise FormatError(f"{self.path} cannot be read: {error.strerror}") from None
+        if not isinstance(tensor, Tensor) or (tensor.dtype, tuple(tensor.shape)) != (self.dtype, self.shape):
+            raise FormatError(f"{self.path} does not hold at byte {self.start} what .metadata says")
+        return region_of(tensor, self.path, self.start).read(where)
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: io.RawIOBase, start: int, length: int):
+        self._file, self._start, self._length, self._place = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
+        return self._place
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # the base class allows any buffer
+        self._file.seek(self._start + self._place)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._place)]) or 0
+        self._place += count
+        return count
+
+
+def open_chunks(folder: Path) -> dict[str, list[Piece]]:
+    """Every tensor of a DCP folder by its stored name, and its chunks.
+
+    Raises:
+        FormatError: the metadata cannot be read or asks for code to be run, or a file that it names is missing.
+    """
+    try:
+        metadata = SafeReader(folder).read_metadata()
+    except CheckpointError as error:
+        raise FormatError(str(error)) from None
+    places = metadata.storage_data or {}
+    found: dict[str, list[Piece]] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue  # a value that is no tensor: training state of others
+        for chunk in entry.chunks:
+            place = places.get(MetadataIndex(name, chunk.offsets))
+            if place is None or getattr(place, "transform_descriptors", None):
+                raise FormatError(f"{folder}: .metadata does not say where {name} at {list(chunk.offsets)} lies as plain bytes")
+            stored = Chunk(folder / place.relative_path, place.offset, place.length, entry.properties.dtype, tuple(chunk.sizes))
+            found.setdefault(name, []).append(Piece(stored, tuple(chunk.offsets)))
+    for file in sorted({piece.stored.path for pieces in found.values() for piece in pieces if isinstance(piece.stored, Chunk)}):
+        if not file.is_file():
+            raise FormatError(f"{file} is missing, which .metadata names")
+    return found
+
+
+class DcpWriter:
+    """Writes one ``.distcp`` file, tensor after tensor, each in one chunk; `write_metadata` makes the folder of it."""
+
+    def __init__(self, file: ChecksummedFile, name: str, tensors: list[TensorInfo]):
+        self._file, self._name, self._expected = file, name, list(tensors)
+        self.places: dict[str, tuple[TensorInfo, _StorageInfo]] = {}
+
+    def write(self, tensor: Tensor) -> None:
+        """Write the next tensor."""
+        info = self._expected.pop(0)
+        assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{info} expected, not {tensor.shape} {tensor.dtype}"
+        start = self._file.tell()
+        torch.save(_compact(tensor.detach().cpu()), cast("IO[bytes]", _Forward(self._file)))
+        self.places[info.name] = (info, _StorageInfo(self._name, start, self._file.tell() - start))
+
+    def finish(self) -> dict[str, int]:
+        """All tensors are there; wait until the disk has them. Gives size and crc32 of the file."""
+        assert not self._expected, f"{self._expected[0].name} was not written"
+        return self._file.finish()
+
+
+class _Forward(io.RawIOBase):
+    """A file for `torch.save` that begins where another one stands."""
+
+    def __init__(self, file: ChecksummedFile):
+        self._file = file
+
+    def write(self, data: memoryview) -> int:  # type: ignore[override]  # the base class allows any buffer
+        return self._file.write(data)
+
+
+def dcp_metadata(writers: list[DcpWriter]) -> bytes:
+    """The content of ``.metadata`` for what the writers wrote; names flat, so that torch's converters keep them."""
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    places, paths = {}, {}
+    for writer in writers:
+        for name, (info, place) in writer.places.items():
+            size = torch.Size(info.shape)
+            begin = torch.Size([0] * len(size))
+            properties = TensorProperties(dtype=info.dtype)
+            tensors[name] = TensorStorageMetadata(properties, size, [ChunkStorageMetadata(begin, size)])
+            places[MetadataIndex(name, begin, 0)] = place
+            paths[name] = (name,)
+    return pickle.dumps(Metadata(tensors, planner_data=paths, storage_data=places, storage_meta=StorageMeta()))
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """A tensor whose storage holds nothing else: all of it would be saved."""
+    is_whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.dtype.itemsize and tensor.is_contiguous()
+    return tensor if is_whole else tensor.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,231 @@
+"""Plan how a model leaves: which file holds which tensors, under which names, made of which weights; proven before a byte is written."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunelib.errors import FormatError
+from tunelib.formats.source import BIN, SAFETENSORS, Entry, Form
+from tunelib.formats.tensors import TensorInfo, Where, shape_of
+from tunelib.model.config import ModelConfig
+from tunelib.model.families import family_of
+
+KINDS = ("hf", "meta", "dcp", "torch", "gguf")
+MAX_SHARD_BYTES = 5 * 10**9
+TORCH_FILE, GGUF_FILE = "model.pt", "model.gguf"
+Companions = dict[str, Path | str | bytes]
+"""Further files: name → what is copied, or the content of a text."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a folder to be written but the weights.
+
+    Attributes:
+        fields: the model as a config.json says it.
+        companions: the files beside the weights, config and index among them.
+        notes: what the target cannot hold, or holds otherwise, a sentence each.
+    """
+
+    form: Form
+    fields: dict[str, Any]
+    companions: Companions
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(entry.info.nbytes for entries in self.form.files.values() for entry in entries)
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The type that each weight leaves in."""
+        return {entry.source: entry.info.dtype for entries in self.form.files.values() for entry in entries}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a model is to be laid out where nothing says so yet.
+
+    Attributes:
+        max_shard_bytes: of one file; 0 for one file (kinds "torch" and "meta" have no other choice).
+        model_parallel: files that Meta's form divides every tensor over.
+        meta_names: write a DCP folder with Meta's names and rotary pairs, as torchtitan does.
+    """
+
+    kind: str
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    model_parallel: int = 1
+    meta_names: bool = False
+
+
+def plan_form(wish: Wish, weights: Mapping[str, TensorInfo], config: ModelConfig) -> Form:
+    """Lay a model's weights out in files.
+
+    Args:
+        weights: by Hugging Face name, without a tied head, with the types that they are to have.
+
+    Raises:
+        FormatError: a form that these weights do not fit, such as model-parallel files that do not divide them.
+    """
+    family = family_of(config)
+    if wish.kind == "meta":
+        return _plan_meta(wish, weights, config)
+    whole = [Entry(info, name) for name, info in weights.items()]
+    if wish.kind == "torch":
+        return Form("torch", {TORCH_FILE: whole})
+    if wish.kind == "dcp":
+        if wish.meta_names:
+            with_head = dict(weights)
+            if family.HEAD not in weights:  # torchtitan always has one
+                with_head[family.HEAD] = replace(weights[family.EMBEDDING], name=family.HEAD)
+            whole = [_to_meta(Entry(info, name), config) for name, info in with_head.items()]
+        groups = _group(whole, wish.max_shard_bytes)
+        return Form("dcp", {f"__0_{number}.distcp": group for number, group in enumerate(groups)}, is_meta=wish.meta_names)
+    assert wish.kind == "hf", wish.kind
+    groups = _group(whole, wish.max_shard_bytes)
+    if len(groups) == 1:
+        return Form("hf", {SAFETENSORS: groups[0]})
+    files = {f"model-{number:05d}-of-{len(groups):05d}.safetensors": group for number, group in enumerate(groups, start=1)}
+    return Form("hf", files, index={})
+
+
+def form_like(form: Form, weights: Mapping[str, TensorInfo], config: ModelConfig) -> Form:
+    """The same files and names with these weights' types and shapes.
+
+    Raises:
+        FormatError: it names other weights than there are, or divides what does not divide.
+    """
+    family = family_of(config)
+
+    def fit(entry: Entry) -> Entry:
+        info = weights.get(entry.source) or (weights[family.EMBEDDING] if entry.source == family.HEAD else None)
+        if info is None:
+            raise FormatError(f"{entry.info.name}, which the checkpoint to be like holds, is not part of this model")
+        if not entry.where:
+            return replace(entry, info=TensorInfo(entry.info.name, info.dtype, info.shape))
+        where = tuple(_scale(part, number, form, entry, info.shape) for number, part in enumerate(entry.where))
+        return replace(entry, info=TensorInfo(entry.info.name, info.dtype, shape_of(where, info.shape)), where=where)
+
+    fitted = {file: [fit(entry) for entry in entries] for file, entries in form.files.items()}
+    return replace(form, files=fitted)
+
+
+def check_form(form: Form, weights: Mapping[str, TensorInfo], config: ModelConfig, target: str) -> None:
+    """Prove that a form holds every element of every weight, each once in a file, and nothing else.
+
+    Raises:
+        FormatError: naming what is missing or written twice.
+    """
+    family = family_of(config)
+    parts: dict[str, dict[Where, int]] = {}
+    for file, entries in form.files.items():
+        names = [entry.info.name for entry in entries]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise FormatError(f"{target}: {twice} would lie in {file} twice")
+        for entry in entries:
+            weight = weights.get(entry.source) or weights[family.EMBEDDING]
+            where = tuple(slice(*part.indices(size)[:2]) for part, size in zip(entry.where, weight.shape, strict=False))
+            assert entry.info.shape == shape_of(where, weight.shape), f"{entry} of {weight}"
+            parts.setdefault(entry.source, {})[_key(where)] = torch.Size(entry.info.shape).numel()
+    for name, info in weights.items():
+        covered = sum(parts.get(name, {}).values())
+        if covered != torch.Size(info.shape).numel():
+            raise FormatError(f"{target}: {name} would be written with {covered} of its {torch.Size(info.shape).numel()} elements")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text such as "5GB", "200MB" or "1GiB"; raises FormatError."""
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if match is None or match[2] not in units or not float(match[1]):
+        raise FormatError(f"{text!r} is not a size; write one such as 5GB or 500MiB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def index_of(form: Form) -> dict[str, Any] | None:
+    """The index of a Hugging Face folder's files: as it came but for the sizes, or a new one where there are several."""
+    if form.index is None:
+        return None
+    weight_map = {entry.info.name: file for file, entries in form.files.items() for entry in entries}
+    old = form.index.get("weight_map", sorted(weight_map))
+    metadata = form.index.get("metadata")
+    total = sum(entry.info.nbytes for entries in form.files.values() for entry in entries)
+    return {
+        "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
+        "weight_map": {name: weight_map[name] for name in old if name in weight_map},
+    }
+
+
+def index_name(form: Form) -> str:
+    """The name of a Hugging Face folder's index."""
+    return f"{BIN if any(file.endswith('.bin') for file in form.files) else SAFETENSORS}.index.json"
+
+
+def _key(where: Where) -> Any:
+    return tuple((part.start, part.stop) for part in where)
+
+
+def _scale(part: slice, dim: int, form: Form, entry: Entry, shape: tuple[int, ...]) -> slice:
+    """A part of a dimension that may have another size now; all files' parts together were the old size."""
+    old = max(other.where[dim].stop for entries in form.files.values() for other in entries if other.source == entry.source and other.where)
+    new = shape[dim]
+    if old != new and (part.start * new % old or part.stop * new % old):
+        raise FormatError(f"{entry.source} with {new} rows cannot be divided as it was with {old}")
+    return slice(part.start * new // old, part.stop * new // old)
+
+
+def _to_meta(entry: Entry, config: ModelConfig) -> Entry:
+    """The same weight with Meta's name, its rotary rows in pairs."""
+    family = family_of(config)
+    name = family.to_meta_name(entry.source)
+    if name is None:
+        raise FormatError(f"{entry.source} has no name in Meta's form")
+    return replace(entry, info=replace(entry.info, name=name), head_dim=family.rotary_head_dim(entry.source, config))
+
+
+def _group(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
+    """In order, as many to a group as fit."""
+    groups: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if groups[-1] and max_bytes and size + entry.info.nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += entry.info.nbytes
+    return groups
+
+
+def _plan_meta(wish: Wish, weights: Mapping[str, TensorInfo], config: ModelConfig) -> Form:
+    """Meta's files: one, or several that divide every tensor but the norms.
+
+    Llama 3 divides its embedding by rows, Llama 2 by columns (the two are told apart by the rotary base); a tied one is divided as
+    the head is, by rows.
+    """
+    family, count = family_of(config), wish.model_parallel
+    all_weights = dict(weights)
+    if family.HEAD not in weights:  # Meta's files always have one
+        all_weights[family.HEAD] = replace(weights[family.EMBEDDING], name=family.HEAD)
+    files: dict[str, list[Entry]] = {f"consolidated.{number:02d}.pth": [] for number in range(count)}
+    for name, info in all_weights.items():
+        entry = _to_meta(Entry(info, name), config)
+        dim = family.meta_split_dim(entry.info.name)
+        if name == family.EMBEDDING:
+            dim = 1 if config.rope_theta == 10000.0 and not config.tie_word_embeddings else 0
+        unit = entry.head_dim or (config.head_dim if "v_proj" in name or "o_proj" in name else 1)
+        if dim is not None and info.shape[dim] % (count * unit):
+            what = f"{info.shape[dim] // unit} heads" if unit > 1 else f"size {info.shape[dim]}"
+            raise FormatError(f"--model_parallel {count}: {entry.info.name} has {what} along dimension {dim}, which do not divide by {count}")
+        for number, entries in enumerate(files.values()):
+            if dim is None or count == 1:
+                entries.append(entry)
+                continue
+            size = info.shape[dim] // count
+            where = tuple(slice(number * size, (number + 1) * size) if axis == dim else slice(0, length) for axis, length in enumerate(info.shape))
+            entries.append(replace(entry, info=replace(entry.info, shape=shape_of(where, info.shape)), where=where))
+    return Form("meta", files, is_meta=True)

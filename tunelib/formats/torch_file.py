@@ -1,0 +1,196 @@
+"""Files that ``torch.save`` makes, such as ``.pt``, ``.pth`` and ``.bin``: which tensors lie where in one, and writing one tensor after tensor.
+
+Such a file is a zip archive of uncompressed records: ``data.pkl``, which says what the tensors are, and ``data/N`` with the bytes of
+each storage. Only the first is unpickled, by torch's allow-list; the bytes are read from where they lie, or not at all.
+"""
+
+import io
+import pickle
+import re
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from tunelib.errors import FormatError
+from tunelib.files import ChecksummedFile
+from tunelib.formats.tensors import Region, TensorInfo, bytes_of
+
+ALIGNMENT = 64
+LOCAL_HEADER_BYTES = 30  # of a zip record, before its name
+# The pickled name of each type's storage (torch/storage.py), which says the type.
+STORAGES = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+}
+
+
+def read_torch_file(path: Path) -> dict[str, Region]:
+    """The tensors of a file that holds a flat mapping from names to tensors, or one under the key "model" or "state_dict".
+
+    Entries that are no tensors are left out.
+
+    Raises:
+        FormatError: the file is missing, damaged, of the form before torch 1.6, wants to run code, or holds something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = read_layout(file, path)
+    except OSError as error:
+        raise FormatError(f"{path} does not exist" if isinstance(error, FileNotFoundError) else f"{path} cannot be read: {error}") from None
+    if isinstance(content, Mapping):
+        for name in ("model", "state_dict"):
+            content = content[name] if isinstance(content.get(name), Mapping) else content
+        tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        if tensors and all(isinstance(name, str) for name in tensors):
+            return {name: region_of(tensor, path, 0) for name, tensor in tensors.items()}
+    raise FormatError(f"{path} does not hold a mapping from names to tensors")
+
+
+def read_layout(file: IO[bytes], path: Path) -> Any:
+    """What ``torch.save`` put into a file, with tensors on the meta device that know where their bytes lie.
+
+    Args:
+        path: for messages.
+
+    Raises:
+        FormatError: it cannot be read, wants to run code, or is laid out otherwise than torch lays out its files.
+    """
+    if file.read(2) != b"PK":
+        raise FormatError(f"{path} is not a file of torch.save, or was made before torch 1.6: load it with torch.load and save it again")
+    file.seek(0)
+    try:
+        # On the meta device no bytes of tensors are read; torch notes each storage's place in the file.
+        content = torch.load(file, map_location="meta", weights_only=True)
+        places = _find_records(file)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise FormatError(
+            f"{path} is refused: besides tensors it holds {asked[1] if asked else 'something'} that would be run while reading; nothing of it was run"
+        ) from None
+    except Exception as error:  # a damaged archive raises nearly anything
+        raise FormatError(f"{path} cannot be read, it is damaged or truncated: {str(error).split('. ')[0]}") from None
+    for tensor in _list_tensors(content):
+        if _place_of(tensor) not in places:  # torch works places out from what it knows of its own files
+            raise FormatError(f"{path} is not laid out as torch.save does: load it with torch.load and save it again")
+    return content
+
+
+def _find_records(file: IO[bytes]) -> set[int]:
+    """Where the bytes of each record of an archive begin; raises ValueError for an archive that was not stored plainly."""
+    places = set()
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{record.filename} is compressed")
+            if record.filename.endswith("/byteorder") and archive.read(record) != b"little":
+                raise ValueError("its numbers are not little-endian")
+            file.seek(record.header_offset + LOCAL_HEADER_BYTES - 4)
+            name_length, extra_length = struct.unpack("<HH", file.read(4))
+            places.add(record.header_offset + LOCAL_HEADER_BYTES + name_length + extra_length)
+    return places
+
+
+def _list_tensors(content: Any) -> list[Tensor]:
+    if isinstance(content, Tensor):
+        return [content]
+    return [tensor for value in content.values() for tensor in _list_tensors(value)] if isinstance(content, Mapping) else []
+
+
+def _place_of(tensor: Tensor) -> int:
+    """Where its storage begins; torch.load notes it on the meta device (torch's notes on serialization)."""
+    place = tensor.untyped_storage()._checkpoint_offset
+    assert place is not None, "torch.load has not noted it"
+    return place
+
+
+def region_of(tensor: Tensor, path: Path, start: int) -> Region:
+    """Where the bytes of a tensor of `read_layout` lie.
+
+    Args:
+        start: bytes in ``path`` before the file that was laid out.
+    """
+    strides = None if tensor.is_contiguous() else tensor.stride()
+    return Region(path, start + _place_of(tensor) + int(tensor.storage_offset()) * tensor.dtype.itemsize, tensor.dtype, tuple(tensor.shape), strides)
+
+
+class TorchWriter:
+    """Writes a file that ``torch.load`` reads as an ordered dict, tensor after tensor, in the order given at the start.
+
+    As in torch's own files each record begins at a multiple of 64 bytes, so that the file can be mapped into memory.
+    """
+
+    def __init__(self, file: ChecksummedFile, tensors: Iterable[TensorInfo]):
+        self._file, self._expected, self._count = file, list(tensors), 0
+        # Not seekable: the archive is written in one go, sizes and checksums behind each record, as torch writes it too.
+        self._zip = zipfile.ZipFile(cast("IO[bytes]", _Forward(file)), "w", zipfile.ZIP_STORED)
+        self._write_record("data.pkl", _pickle_names(self._expected))
+        self._write_record("byteorder", b"little")
+
+    def write(self, tensor: Tensor) -> None:
+        """Write the next tensor."""
+        info = self._expected.pop(0)
+        assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{info} expected, not {tensor.shape} {tensor.dtype}"
+        self._write_record(f"data/{self._count}", bytes_of(tensor))
+        self._count += 1
+
+    def finish(self) -> dict[str, int]:
+        """All tensors are there; wait until the disk has them. Gives size and crc32 of the file."""
+        assert not self._expected, f"{self._expected[0].name} was not written"
+        self._write_record("version", b"3\n")
+        self._zip.close()
+        return self._file.finish()
+
+    def _write_record(self, name: str, content: bytes | memoryview) -> None:
+        record = zipfile.ZipInfo(f"archive/{name}")
+        zip64 = 20  # bytes of the field that `force_zip64` adds
+        data_begin = self._file.tell() + LOCAL_HEADER_BYTES + len(record.filename) + zip64
+        padding = -(data_begin + 4) % ALIGNMENT
+        record.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+        with self._zip.open(record, "w", force_zip64=True) as target:
+            for begin in range(0, len(content), 1 << 24):
+                target.write(content[begin : begin + (1 << 24)])
+
+
+class _Forward:
+    """A file that can only be appended to, as far as `zipfile` sees."""
+
+    def __init__(self, file: ChecksummedFile):
+        self.write, self.flush = file.write, file.flush
+
+
+class _Storage:
+    """Stands for a storage where a file's tensors are named."""
+
+    def __init__(self, number: int, info: TensorInfo):
+        self.key, self.dtype, self.count = str(number), info.dtype, info.nbytes // info.dtype.itemsize
+
+
+class _Named:
+    """Pickles as a tensor of torch's own form."""
+
+    def __init__(self, storage: _Storage, shape: tuple[int, ...]):
+        self._storage, self._shape = storage, shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        strides = torch.empty(self._shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (self._storage, 0, self._shape, strides, False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        return ("storage", STORAGES[value.dtype], value.key, "cpu", value.count) if isinstance(value, _Storage) else None
+
+
+def _pickle_names(infos: list[TensorInfo]) -> bytes:
+    """``data.pkl``: an ordered dict from names to tensors, each with a storage of its own."""
+    target = io.BytesIO()
+    _Pickler(target, protocol=2).dump(OrderedDict((info.name, _Named(_Storage(number, info), info.shape)) for number, info in enumerate(infos)))
+    return target.getvalue()

@@ -1,0 +1,134 @@
+"""Write a model in any form: under a staging name, tensor by tensor, and final only when all of it is on the disk."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tunelib import files
+from tunelib.formats.dcp import DcpWriter, dcp_metadata
+from tunelib.formats.plan import Plan
+from tunelib.formats.safetensors_file import SafetensorsWriter
+from tunelib.formats.source import DCP_METADATA, Entry
+from tunelib.formats.tensors import Where, to_pairs
+from tunelib.formats.torch_file import TorchWriter
+from tunelib.parallel.reduce import agreed
+
+KIND = "export"
+"""What the manifest says a folder is that holds weights for others."""
+
+
+class TensorWriter(Protocol):
+    """Writes one file, tensor after tensor in the order that it was told."""
+
+    def write(self, tensor: Tensor) -> None: ...
+    def finish(self) -> dict[str, int]: ...
+
+
+def write_checkpoint(
+    plan: Plan,
+    read: Callable[[str, Where], Tensor],
+    target: Path,
+    is_main: bool = True,
+    wrote: Callable[[int], None] = lambda _: None,
+    check: Callable[[Path], dict[str, object]] | None = None,
+    single_file: str = "",
+) -> dict[str, object]:
+    """Write a folder. Collective: all ranks read, rank 0 writes; one tensor is held at a time.
+
+    Args:
+        read: gives a weight in Hugging Face's layout, or its part; called on every rank in the same order.
+        wrote: called with the number of bytes after each tensor.
+        single_file: the name of the only file to keep, where the target is a file.
+        check: looks at the finished folder before it gets its name; called on every rank. What it raises leaves no folder.
+
+    Returns:
+        What ``check`` found.
+
+    Raises:
+        SaveError: on every rank; an older folder of that name stays as it was.
+    """
+    staging = files.staging_of(target)
+    failed = f"{target} cannot be written"
+    with agreed(failed):
+        if is_main:
+            files.make_staging(target)
+    try:
+        described: dict[str, dict[str, int]] = {}
+        dcp_writers: list[DcpWriter] = []
+        for file, entries in plan.form.files.items():
+            with contextlib.ExitStack() as stack:
+                writer: TensorWriter | None = None
+                with agreed(failed):
+                    if is_main:
+                        writer = _open_writer(stack.enter_context(files.ChecksummedFile(staging / file)), file, entries)
+                        dcp_writers += [writer] if isinstance(writer, DcpWriter) else []
+                for entry in entries:
+                    tensor = read(entry.source, entry.where)
+                    with agreed(failed):
+                        if writer is not None:
+                            writer.write(_as_stored(tensor, entry))
+                            wrote(entry.info.nbytes)
+                with agreed(failed):
+                    if writer is not None:
+                        described[file] = writer.finish()
+        with agreed(failed):
+            if is_main:
+                if dcp_writers:
+                    files.write_file(staging / DCP_METADATA, dcp_metadata(dcp_writers))
+                if not single_file:
+                    _write_companions(plan, staging)
+                others = [name for name in files.list_files(staging) if name not in described]
+                described |= files.describe_files(staging, others)
+        found = check(staging) if check is not None else {}
+        with agreed(failed):
+            if is_main:
+                files.commit(staging, target, described, KIND, single_file)
+    finally:
+        if is_main:
+            files.remove_folder(staging)
+    return found
+
+
+def read_live(tensors: dict[str, Tensor], tied_to: str) -> Callable[[str, Where], Tensor]:
+    """Reads a spread model's weights: gathered, one at a time, by all ranks.
+
+    Args:
+        tied_to: the weight that a tied head is.
+    """
+
+    def read(name: str, where: Where) -> Tensor:
+        tensor = tensors[name if name in tensors else tied_to]
+        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)[where]
+
+    return read
+
+
+def _as_stored(tensor: Tensor, entry: Entry) -> Tensor:
+    tensor = tensor.to(entry.info.dtype)
+    return to_pairs(tensor, entry.head_dim) if entry.head_dim else tensor
+
+
+def _open_writer(file: files.ChecksummedFile, name: str, entries: list[Entry]) -> TensorWriter:
+    infos = [entry.info for entry in entries]
+    if name.endswith(".distcp"):
+        return DcpWriter(file, name, infos)
+    return SafetensorsWriter(file, infos) if name.endswith(".safetensors") else TorchWriter(file, infos)
+
+
+def _write_companions(plan: Plan, staging: Path) -> None:
+    for name, source in plan.companions.items():
+        if isinstance(source, Path):
+            shutil.copyfile(source, staging / name)
+        else:
+            files.write_file(staging / name, source)
+
+
+def to_json(content: object) -> str:
+    """JSON as the files beside weights hold it."""
+    return json.dumps(content, indent=2) + "\n"
