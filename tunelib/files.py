@@ -24,6 +24,7 @@ MANIFEST_FORMAT = 1
 # Endings of what is being built, removed, or exchanged; what carries them is ours to clear away, so nobody else's may.
 STAGING, REMOVED, OLD = ".tunelib-staging", ".tunelib-removed", ".tunelib-old"
 CHUNK_BYTES = 1 << 22
+SEND_BYTES = 1 << 25
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -85,7 +86,7 @@ class ChecksummedFile:
     """
 
     def __init__(self, path: Path):
-        self.size, self.crc32 = 0, 0
+        self.size, self.crc32, self._sent = 0, 0, 0
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  (this object is the context)
 
     def __enter__(self) -> "ChecksummedFile":
@@ -103,6 +104,9 @@ class ChecksummedFile:
             while block:
                 block = block[self._file.write(block) :]
         self.size += len(view)
+        if self.size - self._sent >= SEND_BYTES:
+            _start_writing(self._file.fileno(), self._sent, self.size - self._sent)
+            self._sent = self.size
         return len(view)
 
     def tell(self) -> int:
@@ -298,6 +302,15 @@ def wait_for_lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Ite
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _start_writing(descriptor: int, offset: int, count: int) -> None:
+    """Have the system begin to write a part of a file to the disk, without waiting, so that the fsync at its end has little left to do."""
+    if sys.platform == "linux":
+        sync_file_range_write = 2
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "sync_file_range"):
+            libc.sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(count), sync_file_range_write)
 
 
 def _exchange(first: Path, second: Path) -> None:

@@ -675,7 +675,7 @@ def _(lab: Lab) -> None:
     export = lab.plain().folder / "export"
     first = lab.train(bare, "--checkpoint.initial_load_path", str(export)).series("loss")[0]
     assert first < lab.plain().series("loss")[0]
-    with pytest.raises(FormatError, match="is not a folder"):
+    with pytest.raises(FormatError, match="does not exist"):
         lab.train(bare, "--checkpoint.initial_load_path", str(lab.folder / "nowhere"))
 
 
@@ -684,6 +684,18 @@ def _(lab: Lab) -> None:
     run = lab.run(SAVING, "--checkpoint.model_weights_only", "--checkpoint.export_dtype", "float16")
     assert json.loads((run.folder / "checkpoint/step-3/manifest.json").read_text())["kind"] == "model"
     assert {weight.dtype for weight in run.weights().values()} == {torch.float16}
+
+
+@shows("checkpoint.export_format")
+def _(lab: Lab) -> None:
+    run = lab.run("--checkpoint.export_format", "meta")
+    assert {path.name for path in (run.folder / "export").iterdir()} >= {"consolidated.00.pth", "params.json"}
+
+
+@shows("checkpoint.verify_export")
+def _(lab: Lab) -> None:
+    assert (lab.plain().folder / "export_check.json").is_file()
+    assert not (lab.run("--checkpoint.verify_export", "false").folder / "export_check.json").exists()
 
 
 @shows("checkpoint.create_seed_checkpoint")

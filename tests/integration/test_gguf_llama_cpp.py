@@ -30,7 +30,8 @@ from tunelib.model.families import parse_config
 TOP = 20
 CPU = torch.device("cpu")
 # Runs in a process of its own: the library prints, and ends the process where a file is wrong. Attention and its cache are float32
-# (the library's own choice is float16), and a prompt is computed whole, not taken from the one before.
+# (the library's own choice is float16), a prompt is computed whole, not taken from the one before, and there is one thread: several
+# wait for each other in loops, and are slow where others compute too.
 PROGRAM = """
 import json, sys, urllib.request
 import xllamacpp
@@ -39,7 +40,7 @@ path, asked, answers = sys.argv[1:]
 params = xllamacpp.CommonParams()
 params.model.path = path
 params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup, params.fit_params = 2048, 1, 0, False, False
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server = xllamacpp.Server(params)
@@ -187,7 +188,7 @@ def find_differences(folder: Path, path: Path, texts: list[str]) -> list[tuple[s
     rows = -(-tokenizer.vocab_size // 8) * 8
     ours = draw_model(tiny_config(vocab_size=rows, num_hidden_layers=1, tie_word_embeddings=True))
     write_model(path, ours.config, dict(ours.named_parameters()), tokenizer)
-    requests = [{"content": text, "add_special": parse, "parse_special": parse} for text in texts for parse in (True, False)]
+    requests: list[dict[str, Any]] = [{"content": text, "add_special": parse, "parse_special": parse} for text in texts for parse in (True, False)]
     found = ask(path, texts=requests)["tokens"]
     expected = [
         tokenizer.encode(request["content"], add_special_tokens=request["add_special"], special=None if request["parse_special"] else ()).ids

@@ -13,8 +13,8 @@ from tunelib.formats.tensors import Where
 from tunelib.model.config import ModelConfig
 
 BLOCK_ELEMENTS = 1 << 24
-NOT_IN_PARAMS = ("max_position_embeddings", "initializer_range")
-"""What Meta's params.json has no key for; neither changes what is computed."""
+NOT_COMPUTED = ("max_position_embeddings", "initializer_range")
+"""What does not change the logits of a text; Meta's params.json has no key for it."""
 
 
 def find_faults(stored: StoredModel, looked_at: Callable[[int], None] = lambda _: None) -> list[str]:
@@ -58,7 +58,7 @@ class Difference:
 
 def find_difference(one: StoredModel, other: StoredModel, looked_at: Callable[[int], None] = lambda _: None) -> Difference:
     """Compare two checkpoints of any forms, weight by weight, and what their configs say of the computation."""
-    if fields := different_fields(one.config, other.config, exempt=NOT_IN_PARAMS):
+    if fields := different_fields(one.config, other.config, exempt=NOT_COMPUTED):
         return Difference(f"the configs differ: {'; '.join(fields)}")
     rounded = ""
     for name in expected_shapes(one.config):

@@ -10,7 +10,7 @@ import torch
 from tunelib import files
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError, FormatError, SaveError
-from tunelib.formats.compare import NOT_IN_PARAMS, different_fields
+from tunelib.formats.compare import NOT_COMPUTED, different_fields
 from tunelib.formats.export import ORIGINAL, TOKENIZER_MODEL, plan_checkpoint
 from tunelib.formats.gguf import GGUF_TYPES, GgufPlan, plan_gguf, write_gguf
 from tunelib.formats.plan import GGUF_FILE, KINDS, MAX_SHARD_BYTES, Plan, Wish, parse_size
@@ -166,7 +166,7 @@ def _check_wishes(kind: str, dtype: str, like: Path | None, max_shard_size: str,
 
 def _take_config(source: StoredModel, like: StoredModel) -> StoredModel:
     """The source with the config of another checkpoint, which must be one of the same model."""
-    exempt = (*NOT_IN_PARAMS, "tie_word_embeddings")
+    exempt = (*NOT_COMPUTED, "tie_word_embeddings")
     if fields := different_fields(source.config, like.config, exempt):
         raise FormatError(f"{source.path} and --like {like.path} are not the same model: {'; '.join(fields)}")
     return replace(source, config=like.config, fields=like.fields)

@@ -116,8 +116,13 @@ class DcpWriter:
         """Write the next tensor."""
         info = self._expected.pop(0)
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{info} expected, not {tensor.shape} {tensor.dtype}"
-        start = self._file.tell()
-        torch.save(_compact(tensor.detach().cpu()), cast("IO[bytes]", _Forward(self._file)))
+        start, target = self._file.tell(), _Forward(self._file)
+        try:
+            torch.save(_compact(tensor.detach().cpu()), cast("IO[bytes]", target))
+        except RuntimeError:
+            if target.error is None:
+                raise
+            raise target.error from None  # torch says only at which byte its archive stopped
         self.places[info.name] = (info, _StorageInfo(self._name, start, self._file.tell() - start))
 
     def finish(self) -> dict[str, int]:
@@ -131,9 +136,14 @@ class _Forward(io.RawIOBase):
 
     def __init__(self, file: ChecksummedFile):
         self._file = file
+        self.error: OSError | None = None
 
     def write(self, data: memoryview) -> int:  # type: ignore[override]  # the base class allows any buffer
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def dcp_metadata(writers: list[DcpWriter]) -> bytes:

@@ -9,7 +9,8 @@ from typing import Any
 from tunelib import files
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import FormatError
-from tunelib.formats.params import plan_params
+from tunelib.formats.compare import NOT_COMPUTED
+from tunelib.formats.params import parse_params, plan_params
 from tunelib.formats.plan import Companions, Plan, Wish, check_form, form_like, index_name, index_of, plan_form
 from tunelib.formats.source import CONFIG_FILE, PARAMS_FILE, Form
 from tunelib.formats.tensors import TensorInfo
@@ -60,7 +61,12 @@ def plan_checkpoint(
     notes = []
     if form.kind == "meta":
         companions.pop(GENERATION_CONFIG, None)
-        companions[PARAMS_FILE] = to_json(_find_params(home, fields))
+        params = _find_params(home, fields)
+        companions[PARAMS_FILE] = to_json(params)
+        read_back = parse_config(parse_params(params, config.vocab_size, PARAMS_FILE), PARAMS_FILE)
+        for name in NOT_COMPUTED:
+            if (value := getattr(config, name)) != (other := getattr(read_back, name)):
+                notes.append(f"{PARAMS_FILE} has no key for {name}: it is {value} here, and readers will take {other}")
         folders = [folder for folder in (tokenizer.folder if tokenizer else None, home) if folder is not None]
         places = [folder / name for folder in folders for name in (TOKENIZER_MODEL, f"{ORIGINAL}/{TOKENIZER_MODEL}")]
         found = next((place for place in places if place.is_file()), None)
@@ -84,7 +90,7 @@ def _with_dtype(fields: dict[str, Any], weights: Mapping[str, TensorInfo]) -> di
 
 def _find_params(home: Path | None, fields: dict[str, Any]) -> dict[str, Any]:
     """The params.json that lies at home, where it still describes the model, or a new one."""
-    params = plan_params(parse_config(fields, "the config of the model to be written"))
+    params = plan_params(parse_config(fields, "the config of the model to be written"), may_change=NOT_COMPUTED)
     path = home / PARAMS_FILE if home is not None else None
     if path is None or not path.is_file():
         return params

@@ -21,7 +21,7 @@ from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import FormatError
 from tunelib.formats.gguf_words import Words, describe_words
 from tunelib.model.config import ModelConfig
-from tunelib.model.families.llama import ARCHITECTURE
+from tunelib.model.families.llama import ARCHITECTURE, EMBEDDING, HEAD
 from tunelib.model.rope import rope_frequencies
 
 GGUF_TYPES = ("float32", "float16", "bfloat16", "q8_0")
@@ -37,7 +37,6 @@ ALIGNMENT = 32  # bytes; where tensors may begin
 BLOCK_VALUES = 1 << 24  # as many are converted at once: 64 MiB of float32
 # Parts of a model's name at which llama.cpp changes how special tokens are parsed (the end of llama_vocab::impl::load).
 NAMES_WITH_EFFECT = ("phi-3", "phi3", "modern-bert")
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -115,7 +114,7 @@ def plan_gguf(
     if config.architecture != ARCHITECTURE:
         raise FormatError(f"{config.architecture} cannot be written as GGUF; {ARCHITECTURE} can")
     if marked := [part for part in NAMES_WITH_EFFECT if part in name.lower()]:
-        raise FormatError(f"a model named {name!r} cannot be written as GGUF: llama.cpp reads texts otherwise for names with {marked[0]!r}")
+        raise FormatError(f"{name!r} cannot be the model's name in a GGUF file: llama.cpp reads texts otherwise for names with {marked[0]!r}")
     if config.head_dim % 2:
         raise FormatError(f"head_dim = {config.head_dim} is odd; llama.cpp turns neighbouring rows in pairs")
     if tokenizer is None:

@@ -8,6 +8,7 @@ What is given up: llama.cpp normalizes nothing, so that the NFC normalization of
 Qwen2; and it ends an answer also at every token whose text it knows for an end, such as <|endoftext|>, whatever the ids say.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -251,6 +252,6 @@ def _read_scores(tokenizer: Tokenizer, content: dict[str, Any], types: list[int]
         _refuse(tokenizer, f"piece {strange[0]!r} is in tokenizer.json, but not in tokenizer.model")
     merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"])
     order = [scores[vocab["".join(merge)]] for merge in merges]
-    if any(later > sooner for sooner, later in zip(order, order[1:], strict=False)):
+    if any(later > sooner for sooner, later in itertools.pairwise(order)):
         _refuse(tokenizer, "the merges in tokenizer.json do not follow the scores in tokenizer.model")
     return scores + [ADDED_SCORE] * (len(types) - len(scores))

@@ -1,5 +1,7 @@
 """Plan how a model leaves: which file holds which tensors, under which names, made of which weights; proven before a byte is written."""
 
+import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +12,7 @@ import torch
 
 from tunelib.errors import FormatError
 from tunelib.formats.source import BIN, SAFETENSORS, Entry, Form
-from tunelib.formats.tensors import TensorInfo, Where, shape_of
+from tunelib.formats.tensors import TensorInfo, bounds_of, shape_of
 from tunelib.model.config import ModelConfig
 from tunelib.model.families import family_of
 
@@ -19,6 +21,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 TORCH_FILE, GGUF_FILE = "model.pt", "model.gguf"
 Companions = dict[str, Path | str | bytes]
 """Further files: name → what is copied, or the content of a text."""
+Bounds = tuple[tuple[int, int], ...]
+"""First and last-but-one index of a part, for every dimension."""
 
 
 @dataclass(frozen=True)
@@ -122,29 +126,35 @@ def check_form(form: Form, weights: Mapping[str, TensorInfo], config: ModelConfi
         FormatError: naming what is missing or written twice.
     """
     family = family_of(config)
-    parts: dict[str, dict[Where, int]] = {}
+    parts: dict[str, set[Bounds]] = {}
+    homes: dict[str, str] = {}
     for file, entries in form.files.items():
         names = [entry.info.name for entry in entries]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise FormatError(f"{target}: {twice} would lie in {file} twice")
         for entry in entries:
             weight = weights.get(entry.source) or weights[family.EMBEDDING]
-            where = tuple(slice(*part.indices(size)[:2]) for part, size in zip(entry.where, weight.shape, strict=False))
-            assert entry.info.shape == shape_of(where, weight.shape), f"{entry} of {weight}"
-            parts.setdefault(entry.source, {})[_key(where)] = torch.Size(entry.info.shape).numel()
+            assert entry.info.shape == shape_of(entry.where, weight.shape), f"{entry} of {weight}"
+            parts.setdefault(entry.source, set()).add(tuple(bounds_of(entry.where, weight.shape)))
+            if form.kind != "meta" and (home := homes.setdefault(entry.info.name, file)) != file:
+                raise FormatError(f"{target}: {entry.info.name} would lie in {home} and {file}")
     for name, info in weights.items():
-        covered = sum(parts.get(name, {}).values())
-        if covered != torch.Size(info.shape).numel():
-            raise FormatError(f"{target}: {name} would be written with {covered} of its {torch.Size(info.shape).numel()} elements")
+        held = parts.get(name, set())
+        covered = sum(math.prod(last - first for first, last in part) for part in held)
+        if covered != math.prod(info.shape):
+            raise FormatError(f"{target}: {name} would be written with {covered} of its {math.prod(info.shape)} elements")
+        if any(_overlap(one, other) for one, other in itertools.combinations(held, 2)):
+            raise FormatError(f"{target}: {name} would be written in parts that overlap, so that others are missing")
 
 
 def parse_size(text: str) -> int:
     """Bytes of a text such as "5GB", "200MB" or "1GiB"; raises FormatError."""
     units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
-    if match is None or match[2] not in units or not float(match[1]):
+    size = int(float(match[1]) * units[match[2]]) if match and match[2] in units else 0
+    if not size:
         raise FormatError(f"{text!r} is not a size; write one such as 5GB or 500MiB")
-    return int(float(match[1]) * units[match[2]])
+    return size
 
 
 def index_of(form: Form) -> dict[str, Any] | None:
@@ -166,8 +176,8 @@ def index_name(form: Form) -> str:
     return f"{BIN if any(file.endswith('.bin') for file in form.files) else SAFETENSORS}.index.json"
 
 
-def _key(where: Where) -> Any:
-    return tuple((part.start, part.stop) for part in where)
+def _overlap(one: Bounds, other: Bounds) -> bool:
+    return all(max(first[0], second[0]) < min(first[1], second[1]) for first, second in zip(one, other, strict=True))
 
 
 def _scale(part: slice, dim: int, form: Form, entry: Entry, shape: tuple[int, ...]) -> slice:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tunelib import files
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import CheckpointError, FormatError, SaveError
-from tunelib.formats.compare import NOT_IN_PARAMS, blocks_of, different_fields, name_of, same_values
+from tunelib.formats.compare import NOT_COMPUTED, blocks_of, different_fields, name_of, same_values
 from tunelib.formats.load import own_part
 from tunelib.formats.plan import Plan
 from tunelib.formats.source import StoredModel, check_model, open_checkpoint
@@ -93,7 +93,7 @@ def check_export(folder: Path, plan: Plan, model: Decoder, probe: list[int]) -> 
     worst, worst_name, error, stored = 0.0, "", None, None
     try:
         stored = open_checkpoint(folder, plan.fields)
-        if fields := different_fields(stored.config, config, exempt=NOT_IN_PARAMS):
+        if fields := different_fields(stored.config, config, exempt=NOT_COMPUTED):
             raise FormatError(f"its config differs from the model's: {'; '.join(fields)}")
         check_model(stored)
         for name, parameter in tensors.items():

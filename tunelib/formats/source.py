@@ -17,7 +17,7 @@ from torch import Tensor
 from tunelib import files
 from tunelib.errors import FormatError
 from tunelib.formats.params import parse_params
-from tunelib.formats.safetensors_file import read_safetensors
+from tunelib.formats.safetensors_file import DTYPES, read_safetensors
 from tunelib.formats.tensors import Piece, Stored, StoredTensor, TensorInfo, Where
 from tunelib.formats.torch_file import read_torch_file
 from tunelib.model.config import ModelConfig
@@ -29,7 +29,7 @@ SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 META_PATTERN, DCP_METADATA = "consolidated.*.pth", ".metadata"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # What training checkpoints hold beside the model, by the first part of the name.
-TRAINING_STATE = ("optimizer", "rng", "lr_scheduler", "train_state", "dataloader", "state")
+TRAINING_STATE = ("optimizer", "rng", "lr_scheduler", "train_state", "dataloader")
 MOST_PROBLEMS = 8
 
 
@@ -204,7 +204,7 @@ def check_model(stored: StoredModel, expected: dict[str, torch.Size] | None = No
         expected: the model's parameters, a tied head left out, where they are not those of the checkpoint's own config.
 
     Raises:
-        FormatError: missing or unexpected tensors or wrong shapes, the first of them by name; or a tied head that differs from the embedding.
+        FormatError: missing or unexpected tensors, wrong shapes or types, the first of them by name; or a tied head that differs from the embedding.
     """
     expected = expected or expected_shapes(stored.config)
     family, found = family_of(stored.config), dict(stored.tensors)
@@ -214,6 +214,8 @@ def check_model(stored: StoredModel, expected: dict[str, torch.Size] | None = No
         del found[family.HEAD]
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not part of the model" for name in found if name not in expected]
+    types = {name: str(tensor.info.dtype).removeprefix("torch.") for name, tensor in found.items() if tensor.info.dtype not in DTYPES.values()}
+    problems += [f"{name} has type {own_type}, which is not one of floating-point weights" for name, own_type in types.items()]
     for name, shape in expected.items():
         if name in found and found[name].info.shape != tuple(shape):
             problems.append(f"{name} has shape {list(found[name].info.shape)} instead of {list(shape)}")

@@ -67,9 +67,10 @@ def read_layout(file: IO[bytes], path: Path) -> Any:
         raise FormatError(f"{path} is not a file of torch.save, or was made before torch 1.6: load it with torch.load and save it again")
     file.seek(0)
     try:
+        places = _find_records(file)  # first: big-endian numbers end the process where torch meets them on the meta device
+        file.seek(0)
         # On the meta device no bytes of tensors are read; torch notes each storage's place in the file.
         content = torch.load(file, map_location="meta", weights_only=True)
-        places = _find_records(file)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise FormatError(
@@ -78,7 +79,9 @@ def read_layout(file: IO[bytes], path: Path) -> Any:
     except Exception as error:  # a damaged archive raises nearly anything
         raise FormatError(f"{path} cannot be read, it is damaged or truncated: {str(error).split('. ')[0]}") from None
     for tensor in _list_tensors(content):
-        if _place_of(tensor) not in places:  # torch works places out from what it knows of its own files
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise FormatError(f"{path} holds a sparse or quantized tensor; only plain ones are read")
+        if tensor.untyped_storage()._checkpoint_offset not in places:  # torch works places out from what it knows of its own files
             raise FormatError(f"{path} is not laid out as torch.save does: load it with torch.load and save it again")
     return content
 
@@ -130,7 +133,7 @@ class TorchWriter:
     def __init__(self, file: ChecksummedFile, tensors: Iterable[TensorInfo]):
         self._file, self._expected, self._count = file, list(tensors), 0
         # Not seekable: the archive is written in one go, sizes and checksums behind each record, as torch writes it too.
-        self._zip = zipfile.ZipFile(cast("IO[bytes]", _Forward(file)), "w", zipfile.ZIP_STORED)
+        self._zip = _Archive(cast("IO[bytes]", _Forward(file)), "w", zipfile.ZIP_STORED)
         self._write_record("data.pkl", _pickle_names(self._expected))
         self._write_record("byteorder", b"little")
 
@@ -157,6 +160,13 @@ class TorchWriter:
         with self._zip.open(record, "w", force_zip64=True) as target:
             for begin in range(0, len(content), 1 << 24):
                 target.write(content[begin : begin + (1 << 24)])
+
+
+class _Archive(zipfile.ZipFile):
+    """An archive that only `close` ends: one that was broken off writes no more, into a file that is closed by then."""
+
+    def __del__(self) -> None:
+        pass
 
 
 class _Forward:

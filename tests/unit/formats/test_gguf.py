@@ -25,8 +25,8 @@ from tunelib.model.decoder import Decoder
 from tunelib.model.families import parse_config
 
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-WIDE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 648}  # rows of q8_0 are multiples of 32; 8 rows have no token
-MODELS = {
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 648}  # rows of q8_0 are multiples of 32; 8 rows have no token
+MODELS: dict[str, dict[str, Any]] = {
     "gqa tied": {**WIDE, "tie_word_embeddings": True},
     "mha untied": {**WIDE, "num_key_value_heads": 4},
     "own head_dim": {**WIDE, "head_dim": 24, "num_attention_heads": 4},
@@ -174,6 +174,15 @@ def test_rope_scaling_is_a_tensor_of_divisors(tmp_path: Path) -> None:
     assert np.allclose(factors.data, expected, rtol=2e-6)  # float32, and wavelengths near a border
     assert {1.0, 8.0} < set(factors.data.tolist())
     assert not any(tensor.name == "rope_freqs.weight" for tensor in write(tmp_path / "plain.gguf", tiny_config(vocab_size=640)).tensors)
+
+
+def test_block_of_zeros_stays_zeros_in_q8_0(tmp_path: Path) -> None:
+    config = parse_config({**TINY_FIELDS, **WIDE}, "tiny")
+    weights = weights_of(config)
+    weights["model.layers.0.mlp.up_proj.weight"].zero_()
+    write_gguf(plan(config, "q8_0"), tmp_path / "model.gguf", lambda name, where: weights[name])
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert not found["blk.0.ffn_up.weight"].data.any()
 
 
 def test_interleaving_a_bias_is_interleaving_its_rows() -> None:
@@ -340,8 +349,11 @@ def test_pre_tokenizer_is_recognised_by_its_structure(tmp_path: Path, name: str,
 
 TEMPLATE_BOTH_SIDES = {
     "type": "TemplateProcessing",
-    "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    + [{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}],
+    "single": [
+        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}},
+    ],
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
     "special_tokens": {text: {"id": text, "ids": [number], "tokens": [text]} for text, number in (("<|im_start|>", 1), ("<|im_end|>", 2))},
 }
@@ -456,7 +468,7 @@ def test_sentencepiece_with_both_files_is_that_of_both(tmp_path: Path) -> None:
 
 
 def test_sentencepiece_that_llama_cpp_reads_otherwise_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="llama.cpp does not normalize text as its normalizer does"):
+    with pytest.raises(FormatError, match=r"llama\.cpp does not normalize text as its normalizer does"):
         describe_words(Tokenizer(write_model(tmp_path / "extra", PIECES, byte_fallback=True, removes_extra=True)), 264)
     with pytest.raises(FormatError, match="pre-tokenizer is none of"):  # without bytes, what is no piece is <unk>
         describe_words(Tokenizer(write_model(tmp_path / "unk", [*ENDS, *LETTERS, ("ab", -1.5, NORMAL)])), 264)

@@ -1,120 +1,167 @@
-"""What we write is read by the safetensors library, and what it writes by us, byte for byte."""
+"""Whatever a tensor is made of, reading a part of it gives what slicing the whole would, and reads no more than that."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from foreign import hf_to_meta
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import tunelib.formats.tensors as tensors
 from tunelib.errors import FormatError
-from tunelib.formats.tensors import SafetensorsWriter, TensorInfo, nbytes, read_header, read_slice
+from tunelib.formats.tensors import Piece, Region, StoredTensor, TensorInfo, bounds_of, bytes_of, shape_of, to_halves, to_pairs
 
-TENSORS = {
-    "b.second": torch.arange(12, dtype=torch.float32).reshape(3, 4),
-    "a.first": torch.tensor([[1.5, float("nan")], [float("-inf"), -0.0]], dtype=torch.bfloat16),
-    "half": torch.tensor([1.0, 65504.0], dtype=torch.float16),
-    "precise": torch.tensor([1e-300], dtype=torch.float64),
-    "scalar": torch.tensor(3.5),
-    "empty": torch.empty(0, 4),
-    "ünïcode \"name\"": torch.ones(1),
-}  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+START = 24  # bytes before the tensor in its file
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor]) -> list[TensorInfo]:
-    infos = [TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with open(path, "wb") as file:
-        writer = SafetensorsWriter(file, infos)
-        for tensor in tensors.values():
-            writer.write(tensor)
-        writer.finish()
-    return infos
+@st.composite
+def shapes_with_parts(draw: st.DrawFn, min_dims: int = 0) -> tuple[tuple[int, ...], tuple[slice, ...]]:
+    shape = tuple(draw(st.lists(st.integers(0, 9), min_size=min_dims, max_size=3)))
+    part = []
+    for size in shape[: draw(st.integers(0, len(shape)))]:
+        begin = draw(st.integers(0, size))
+        part.append(slice(begin, draw(st.integers(begin, size))))
+    return shape, tuple(part)
 
 
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def numbered(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Every element another number."""
+    return torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
 
 
-def test_library_reads_what_we_write(tmp_path: Path) -> None:
-    write(tmp_path / "model.safetensors", TENSORS)
-    loaded = load_file(tmp_path / "model.safetensors")
-    assert loaded.keys() == TENSORS.keys()
-    for name, tensor in TENSORS.items():
-        assert (loaded[name].dtype, loaded[name].shape, bits(loaded[name])) == (tensor.dtype, tensor.shape, bits(tensor))
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+def write_region(path: Path, tensor: torch.Tensor) -> Region:
+    path.write_bytes(b"x" * START + bytes(bytes_of(tensor)))
+    return Region(path, START, tensor.dtype, tuple(tensor.shape))
 
 
-def test_header_is_read_in_the_order_of_the_file(tmp_path: Path) -> None:
-    infos = write(tmp_path / "model.safetensors", TENSORS)
-    found = read_header(tmp_path / "model.safetensors")
-    assert sorted(found, key=str) == sorted(infos, key=str)
-    assert [info.name for info in found if nbytes(info)] == [info.name for info in infos if nbytes(info)]
+def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
-def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
-    save_file(TENSORS, tmp_path / "model.safetensors")
-    for info in read_header(tmp_path / "model.safetensors"):
-        assert (info.dtype, info.shape) == (TENSORS[info.name].dtype, tuple(TENSORS[info.name].shape))
-        assert bits(read_slice(tmp_path / "model.safetensors", info.name, ())) == bits(TENSORS[info.name])
+@given(case=shapes_with_parts(), dtype=st.sampled_from(DTYPES), min_column_bytes=st.sampled_from([1, 8, 1 << 12]), chunk_bytes=st.sampled_from([1, 64]))
+@settings(deadline=None, max_examples=150)
+def test_any_part_of_a_region_is_that_part_of_the_tensor(tmp_path_factory: Any, case: Any, dtype: torch.dtype, min_column_bytes: int, chunk_bytes: int):
+    (shape, part), path = case, tmp_path_factory.getbasetemp() / "region"
+    tensor = numbered(shape, dtype)
+    region = write_region(path, tensor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "MIN_COLUMN_BYTES", min_column_bytes)
+        patch.setattr(tensors, "CHUNK_BYTES", chunk_bytes)
+        assert equal(region.read(part), tensor[part])
+
+
+@given(case=shapes_with_parts(min_dims=2), order=st.permutations([0, 1, 2]), step=st.integers(1, 3))
+@settings(deadline=None, max_examples=100)
+def test_any_part_of_a_strided_region_is_that_part_of_the_view(tmp_path_factory: Any, case: Any, order: list[int], step: int) -> None:
+    (shape, part), path = case, tmp_path_factory.getbasetemp() / "strided"
+    memory = numbered((*sorted(shape, reverse=True), 2))
+    write_region(path, memory)
+    view = memory[::step].permute(*(dim for dim in order if dim < memory.ndim), *range(3, memory.ndim))
+    region = Region(path, START, view.dtype, tuple(view.shape), view.stride())
+    inside = tuple(slice(min(p.start, size), min(p.stop, size)) for p, size in zip(part, view.shape, strict=False))
+    assert equal(region.read(inside), view[inside])
+
+
+def test_expanded_tensor_is_read_from_the_few_bytes_that_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_region(path, numbered((3,)))
+    assert torch.equal(Region(path, START, torch.float32, (4, 3), (0, 1)).read((slice(1, 3),)), numbered((3,)).expand(2, 3))
 
 
 @pytest.mark.parametrize(
-    "where", [(slice(0, 1), slice(0, 4)), (slice(1, 3), slice(2, 4)), (slice(None), slice(None)), (slice(3, 3), slice(0, 4))], ids=str
+    ("part", "num_bytes"),
+    [((slice(3, 7),), 4 * 4096 * 4), ((slice(3, 7), slice(1024, 3072)), 4 * 2048 * 4), ((slice(5, 5),), 0)],
+    ids=["rows", "wide columns", "nothing"],
 )
-def test_slice_is_that_part_of_the_tensor(tmp_path: Path, where: tuple[slice, ...]) -> None:
-    save_file(TENSORS, tmp_path / "model.safetensors")
-    assert torch.equal(read_slice(tmp_path / "model.safetensors", "b.second", where), TENSORS["b.second"][where])
+def test_no_more_than_the_part_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: tuple[slice, ...], num_bytes: int) -> None:
+    region, counts, preadv = write_region(tmp_path / "file", torch.ones(64, 4096)), [], os.preadv
+
+    def count(*words: Any) -> int:
+        counts.append(preadv(*words))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", count)
+    tensor = StoredTensor(TensorInfo("t", torch.float32, (128, 4096)), (Piece(region, (0, 0)), Piece(region, (64, 0))))
+    assert tensor.read(part).shape == shape_of(part, (128, 4096))
+    assert sum(counts) == num_bytes
 
 
-def test_strided_tensor_is_written_as_it_reads(tmp_path: Path) -> None:
-    write(tmp_path / "model.safetensors", {"t": TENSORS["b.second"].T})
-    assert torch.equal(load_file(tmp_path / "model.safetensors")["t"], TENSORS["b.second"].T)
+def test_file_that_ends_too_early_or_is_gone_is_named(tmp_path: Path) -> None:
+    region = write_region(tmp_path / "weights", numbered((4, 3)))
+    (tmp_path / "weights").write_bytes((tmp_path / "weights").read_bytes()[:-1])
+    assert torch.equal(region.read((slice(0, 3),)), numbered((4, 3))[:3])
+    with pytest.raises(FormatError, match=r"weights is truncated: .* byte 24"):
+        region.read()
+    (tmp_path / "weights").unlink()
+    with pytest.raises(FormatError, match=r"weights cannot be read: No such file"):
+        region.read()
 
 
-def test_written_file_is_as_long_as_it_says(tmp_path: Path) -> None:
-    infos = write(tmp_path / "model.safetensors", TENSORS)
-    content = (tmp_path / "model.safetensors").read_bytes()
-    header = int.from_bytes(content[:8], "little")
-    assert header % 8 == 0
-    assert len(content) == 8 + header + sum(map(nbytes, infos))
+@st.composite
+def grids(draw: st.DrawFn) -> tuple[tuple[int, int], list[list[int]], tuple[slice, slice]]:
+    """A matrix's shape, where it is cut along each dimension, and a part of it."""
+    shape = (draw(st.integers(1, 24)), draw(st.integers(1, 12)))
+    cuts = [sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=3))}) for size in shape]
+    bounds = [sorted(draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in shape]
+    return shape, cuts, (slice(*bounds[0]), slice(*bounds[1]))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "header cut", "empty", "text", "endless header"])
-def test_damaged_file_is_refused_by_name(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file(TENSORS, path)
-    content = path.read_bytes()
-    path.write_bytes(
-        {
-            "truncated": content[:-1],
-            "header cut": content[:40],
-            "empty": b"",
-            "text": b"version https://git-lfs.github.com/spec/v1\n",
-            "endless header": b"\xff" * 64,
-        }[damage]
-    )
-    with pytest.raises(FormatError, match=r"model\.safetensors cannot be read as safetensors"):
-        read_header(path)
+def store_in_pieces(path: Path, tensor: torch.Tensor, cuts: list[list[int]], head_dim: int = 0) -> StoredTensor:
+    pieces = []
+    for top, bottom in zip(cuts[0], cuts[0][1:], strict=False):
+        for left, right in zip(cuts[1], cuts[1][1:], strict=False):
+            region = write_region(path.with_name(f"{path.name}-{top}-{left}"), tensor[top:bottom, left:right])
+            pieces.append(Piece(region, (top, left)))
+    return StoredTensor(TensorInfo("t", tensor.dtype, tuple(tensor.shape)), tuple(reversed(pieces)), head_dim)
 
 
-def test_missing_file_and_folder_in_its_place_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"none\.safetensors does not exist"):
-        read_header(tmp_path / "none.safetensors")
-    with pytest.raises(FormatError, match=str(tmp_path)):
-        read_header(tmp_path)
+@given(case=grids())
+@settings(deadline=None, max_examples=100)
+def test_any_part_of_a_tensor_in_pieces_is_that_part_of_the_whole(tmp_path_factory: Any, case: Any) -> None:
+    shape, cuts, part = case
+    whole = numbered(shape)
+    stored = store_in_pieces(tmp_path_factory.getbasetemp() / "pieces", whole, cuts)
+    assert torch.equal(stored.read(part), whole[part])
+    assert torch.equal(stored.read(), whole)
 
 
-def test_type_that_is_no_weights_is_refused_with_tensor_and_file(tmp_path: Path) -> None:
-    save_file({"packed": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(FormatError, match=r"model\.safetensors: packed has type I8"):
-        read_header(tmp_path / "model.safetensors")
+@given(case=grids(), head_dim=st.sampled_from([2, 4, 6]))
+@settings(deadline=None, max_examples=100)
+def test_any_part_of_rows_in_pairs_is_that_part_of_the_rows_in_halves(tmp_path_factory: Any, case: Any, head_dim: int) -> None:
+    (heads, columns), cuts, _ = case
+    in_halves = numbered((heads * head_dim, columns))
+    cuts = [[cut * head_dim for cut in cuts[0]], cuts[1]]  # files hold whole heads
+    stored = store_in_pieces(tmp_path_factory.getbasetemp() / "pairs", to_pairs(in_halves, head_dim), cuts, head_dim)
+    assert torch.equal(stored.read(), in_halves)
+    for first in range(0, heads * head_dim, 3):  # parts that begin and end within heads
+        part = (slice(first, min(first + head_dim + 1, heads * head_dim)), case[2][1])
+        assert torch.equal(stored.read(part), in_halves[part])
 
 
-def test_writer_holds_its_caller_to_the_plan(tmp_path: Path) -> None:
-    with open(tmp_path / "x", "wb") as file:
-        writer = SafetensorsWriter(file, [TensorInfo("a", torch.float32, (2,))])
-        with pytest.raises(AssertionError, match="was not written"):
-            writer.finish()
-        with pytest.raises(AssertionError, match="expected"):
-            writer.write(torch.ones(3))
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (3, 8), (4, 6)])
+@pytest.mark.parametrize("rest", [(), (5,)], ids=["bias", "weight"])
+def test_rows_move_as_an_independent_rule_moves_them(heads: int, head_dim: int, rest: tuple[int, ...]) -> None:
+    rows = numbered((heads * head_dim, *rest))
+    names = {"model.layers.0.self_attn.q_proj.weight": rows, "model.embed_tokens.weight": rows}
+    in_pairs = hf_to_meta(names, heads, heads, head_dim)["layers.0.attention.wq.weight"]
+    assert torch.equal(to_pairs(rows, head_dim), in_pairs)
+    assert torch.equal(to_halves(in_pairs, head_dim), rows)
+
+
+def test_bytes_are_row_major_and_not_copied_where_they_lie_so() -> None:
+    for tensor in (numbered((3, 4)).T, numbered((2, 3), torch.bfloat16), torch.tensor(1.5), torch.empty(0, 4), numbered((6, 4))[1::2]):
+        assert bytes(bytes_of(tensor)) == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    tensor = torch.zeros(4)
+    view = bytes_of(tensor)
+    tensor.fill_(1.0)
+    assert bytes(view) == bytes(bytes_of(torch.ones(4)))
+
+
+def test_parts_have_plain_bounds() -> None:
+    assert bounds_of((slice(None), slice(2)), (5, 6, 7)) == [(0, 5), (0, 2), (0, 7)]
+    assert shape_of((slice(1, 3),), (5, 6)) == (2, 6)
+    assert shape_of((), ()) == ()
