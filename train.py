@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
             metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
             samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
         origin_of_weights = weights.sentence if decision.kind == "fresh" else "weights from the checkpoint"
-        for line in opening_lines(config, runtime, layout, model, data_lines, num_steps, origin_of_weights):
+        for line in opening_lines(config, runtime, layout, model, data_lines, num_steps, origin_of_weights, export.notes):
             console.say(line)
         summary = Summary()
 

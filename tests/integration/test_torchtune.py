@@ -1,4 +1,4 @@
-"""torchtune reads a folder in Hugging Face's and one in Meta's form, and computes the logits that others compute for these weights."""
+"""torchtune reads what leaves here, in Hugging Face's names and in Meta's form, and computes the logits of transformers."""
 
 import json
 import os
@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from assets.fetch_torchtune import fetch_torchtune
-from parity.meta_reference import make_meta_folder, meta_logits, random_meta_state
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tunelib.formats.convert import convert, plan_conversion
 
 READER = Path(__file__).parent / "torchtune_reader.py"
 pytestmark = pytest.mark.slow  # each reader takes seconds to import torchtune, which is fetched the first time
@@ -77,33 +78,30 @@ def make_reference(sizes: dict[str, Any]) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_torchtune_reads_a_flat_file_in_hugging_faces_names(tmp_path: Path, shape: str) -> None:
-    sizes, folder = SHAPES[shape], tmp_path / "in"
+def test_torchtune_reads_what_dcp_to_torch_makes_of_our_dcp_folder(tmp_path: Path, shape: str) -> None:
+    sizes = SHAPES[shape]
     reference = make_reference(sizes)
-    reference.config.save_pretrained(folder)
-    weights = {name: tensor.detach().clone() for name, tensor in reference.named_parameters()}  # a tied head is not among them
-    assert ("lm_head.weight" in weights) != sizes["tie_word_embeddings"]
-    torch.save(weights, folder / "model.pt")
+    reference.save_pretrained(tmp_path / "hf")
+    convert(plan_conversion(tmp_path / "hf", tmp_path / "dcp", "dcp"))
+    words = [sys.executable, "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch", str(tmp_path / "dcp"), str(tmp_path / "dcp/model.pt")]
+    subprocess.run(words, check=True, capture_output=True, timeout=120)
     with torch.no_grad():
         expected = reference(TOKENS).logits
-    found = logits_of_torchtune("hf", folder, ["model.pt"], sizes, TOKENS, tmp_path / "out")
+    found = logits_of_torchtune("hf", tmp_path / "dcp", ["model.pt"], sizes, TOKENS, tmp_path / "out")
     assert expected.abs().max() > 1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # float32, another order of summation
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_torchtune_reads_metas_single_file(tmp_path: Path, shape: str) -> None:
-    sizes, folder = SHAPES[shape], tmp_path / "in"
-    scaling = sizes["rope_scaling"]
-    params = {"dim": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "rope_theta": 500_000.0}
-    if scaling:
-        params["use_scaled_rope"] = True
-    state = random_meta_state(params, VOCAB_SIZE, seed=0)
-    if sizes["tie_word_embeddings"]:
-        state["output.weight"] = state["tok_embeddings.weight"]
-    make_meta_folder(folder, params, state, extras=True)
-    expected = meta_logits(params, state, TOKENS, scaling["factor"] if scaling else 1.0)
-    found = logits_of_torchtune("meta", folder, ["consolidated.00.pth"], sizes, TOKENS, tmp_path / "out")
+@pytest.mark.parametrize("shape", ["Llama 3", "Llama 3.1", "tied"])
+def test_torchtune_reads_our_meta_folder(tmp_path: Path, shape: str) -> None:
+    # params.json says factor 32 for Llama 3.2's own two shapes alone
+    sizes = SHAPES["Llama 3.1"] | {"tie_word_embeddings": True} if shape == "tied" else SHAPES[shape]
+    reference = make_reference(sizes)
+    reference.save_pretrained(tmp_path / "hf")
+    convert(plan_conversion(tmp_path / "hf", tmp_path / "meta", "meta"))
+    with torch.no_grad():
+        expected = reference(TOKENS).logits
+    found = logits_of_torchtune("meta", tmp_path / "meta", ["consolidated.00.pth"], sizes, TOKENS, tmp_path / "out")
     assert expected.abs().max() > 1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # float32, another order of summation
 

@@ -75,8 +75,9 @@ def find_difference(one: StoredModel, other: StoredModel, looked_at: Callable[[i
         for part in blocks_of(first.shape):
             left, right = one.read(name, part), other.read(name, part)
             if not same_values(left.to(narrow), right.to(narrow)):
-                place = _first_difference(left.to(narrow), right.to(narrow), part)
-                distance = (left.double() - right.double()).abs().max().item()
+                differs = (left.to(narrow) != right.to(narrow)) & ~(left.isnan() & right.isnan())
+                place = [inner + begin.start for inner, begin in zip(differs.nonzero()[0].tolist(), part, strict=True)]
+                distance = (left.double() - right.double())[differs].abs().max().item()
                 return Difference(f"{name} differs, first at {place}, near there by up to {distance:.3g}")
         if first.dtype != second.dtype and not rounded:
             rounded = f"{name} is {name_of(first.dtype)} in {one.path} and {name_of(second.dtype)} in {other.path}"
@@ -104,11 +105,6 @@ def blocks_of(shape: tuple[int, ...]) -> Iterator[Where]:
 def same_values(one: Tensor, other: Tensor) -> bool:
     """Whether all bits are equal, but for the sign of zero and the kind of NaN."""
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def _first_difference(one: Tensor, other: Tensor, part: Where) -> list[int]:
-    index = (one != other).nonzero()[0].tolist()
-    return [inner + begin.start for inner, begin in zip(index, part, strict=True)]
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from tunelib import files
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import FormatError
-from tunelib.formats.compare import NOT_COMPUTED
+from tunelib.formats.compare import NOT_COMPUTED, different_fields
 from tunelib.formats.params import parse_params, plan_params
 from tunelib.formats.plan import Companions, Plan, Wish, check_form, form_like, index_name, index_of, plan_form
 from tunelib.formats.source import CONFIG_FILE, PARAMS_FILE, Form
@@ -89,14 +89,19 @@ def _with_dtype(fields: dict[str, Any], weights: Mapping[str, TensorInfo]) -> di
 
 
 def _find_params(home: Path | None, fields: dict[str, Any]) -> dict[str, Any]:
-    """The params.json that lies at home, where it still describes the model, or a new one."""
-    params = plan_params(parse_config(fields, "the config of the model to be written"), may_change=NOT_COMPUTED)
+    """The params.json that lies at home, where it describes this model, or a new one."""
+    config = parse_config(fields, "the config of the model to be written")
+    params = plan_params(config, may_change=NOT_COMPUTED)
     path = home / PARAMS_FILE if home is not None else None
     if path is None or not path.is_file():
         return params
     own = files.read_json(path, FormatError)
-    stays = own.get("vocab_size", -1) in (-1, fields["vocab_size"])
-    return own if stays else {**own, "vocab_size": fields["vocab_size"]}
+    own = own if own.get("vocab_size", -1) in (-1, config.vocab_size) else {**own, "vocab_size": config.vocab_size}
+    try:
+        read = parse_config(parse_params(own, config.vocab_size, str(path)), str(path))
+    except FormatError:  # other programs have other files of this name
+        return params
+    return params if different_fields(read, config, exempt=(*NOT_COMPUTED, "tie_word_embeddings")) else own
 
 
 def find_companions(

@@ -40,9 +40,13 @@ def describe_documents(data: TrainData) -> str:
 
 
 def opening_lines(
-    config: Config, runtime: Runtime, layout: Layout, model: nn.Module, data_lines: list[str], num_steps: int, weights: str
+    config: Config, runtime: Runtime, layout: Layout, model: nn.Module, data_lines: list[str], num_steps: int, weights: str, notes: tuple[str, ...]
 ) -> list[str]:
-    """What is about to happen, in a few lines."""
+    """What is about to happen, in a few lines.
+
+    Args:
+        notes: what the form of the export cannot hold.
+    """
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     training = config.training
     processes = f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''} on {runtime.device.type}"
@@ -54,6 +58,7 @@ def opening_lines(
         *(f"{'data' if line is data_lines[0] else '':10} {line}" for line in data_lines),
         f"machine    {processes}, {how}, {dtypes.replace('torch.', '')}",
         f"run        {num_steps:,} steps of {training.global_batch_size} rows of {training.seq_len} tokens",
+        *(f"export     {note}" for note in notes),
     ]
 
 

@@ -65,7 +65,9 @@ def save(folder: Path, tensors: dict[str, Any], num_chunks: int = 1, dim: int = 
 def stored(folder: Path) -> dict[str, StoredTensor]:
     found = {}
     for name, pieces in open_chunks(folder).items():
-        shape = tuple(max(begin + size for begin, size in ends) for ends in zip(*(zip(p.begin, p.stored.shape, strict=True) for p in pieces), strict=True))
+        shape = tuple(
+            max(begin + size for begin, size in ends) for ends in zip(*(zip(p.begin, p.stored.shape, strict=True) for p in pieces), strict=True)
+        )
         found[name] = StoredTensor(TensorInfo(name, pieces[0].stored.dtype, shape), tuple(pieces))
     return found
 

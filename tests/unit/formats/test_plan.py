@@ -93,7 +93,9 @@ def test_model_parallel_files_are_divided_as_meta_divides_them(tmp_path: Path, r
         assert {entry.info.name: (entry.where, entry.source, entry.head_dim) for entry in entries} == known
 
 
-@pytest.mark.parametrize(("count", "words"), [(3, r"tok_embeddings\.weight has size 32 along dimension 1"), (4, r"wk\.weight has 2 heads"), (64, "divide by 64")])
+@pytest.mark.parametrize(
+    ("count", "words"), [(3, r"tok_embeddings\.weight has size 32 along dimension 1"), (4, r"wk\.weight has 2 heads"), (64, "divide by 64")]
+)
 def test_model_parallel_files_that_do_not_divide_are_refused(count: int, words: str) -> None:
     with pytest.raises(FormatError, match=rf"--model_parallel {count}: .*{words}"):
         plan_form(Wish("meta", model_parallel=count), WEIGHTS, CONFIG)
@@ -161,7 +163,9 @@ def test_form_that_holds_all_passes() -> None:
 
 def test_form_like_another_keeps_files_names_and_order_with_new_types() -> None:
     names = list(WEIGHTS)
-    old = Form("hf", {"b.safetensors": [Entry(WEIGHTS[n], n) for n in names[1::2]], "a.safetensors": [Entry(WEIGHTS[n], n) for n in names[::2]]}, index={})
+    old = Form(
+        "hf", {"b.safetensors": [Entry(WEIGHTS[n], n) for n in names[1::2]], "a.safetensors": [Entry(WEIGHTS[n], n) for n in names[::2]]}, index={}
+    )
     new = form_like(old, weights_of(CONFIG, torch.bfloat16), CONFIG)
     assert {file: [entry.info.name for entry in entries] for file, entries in new.files.items()} == {
         "b.safetensors": names[1::2],
@@ -204,7 +208,9 @@ def test_grown_vocabulary_is_divided_as_the_old_one_was(rows: int, is_divided: b
 def test_index_stays_as_it_came_but_for_the_size(metadata: Any) -> None:
     names = list(WEIGHTS)
     weight_map = {name: "one.safetensors" for name in reversed(names)}
-    old = Form("hf", {"one.safetensors": [Entry(info, name) for name, info in WEIGHTS.items()]}, index={"metadata": metadata, "weight_map": weight_map})
+    old = Form(
+        "hf", {"one.safetensors": [Entry(info, name) for name, info in WEIGHTS.items()]}, index={"metadata": metadata, "weight_map": weight_map}
+    )
     index = index_of(form_like(old, WEIGHTS, CONFIG))
     assert index is not None
     assert list(index["weight_map"].items()) == list(weight_map.items())
@@ -217,7 +223,16 @@ def test_index_stays_as_it_came_but_for_the_size(metadata: Any) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("5GB", 5 * 10**9), ("200mb", 2 * 10**8), ("1GiB", 2**30), ("500 MiB", 500 * 2**20), ("1.5K", 1500), ("7", 7), ("2TB", 2 * 10**12), ("3KiB", 3072)],
+    [
+        ("5GB", 5 * 10**9),
+        ("200mb", 2 * 10**8),
+        ("1GiB", 2**30),
+        ("500 MiB", 500 * 2**20),
+        ("1.5K", 1500),
+        ("7", 7),
+        ("2TB", 2 * 10**12),
+        ("3KiB", 3072),
+    ],
 )
 def test_size_is_read_in_the_units_that_people_write(text: str, expected: int) -> None:
     assert parse_size(text) == expected

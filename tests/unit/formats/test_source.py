@@ -9,6 +9,7 @@ import pytest
 import torch
 from foreign import make_meta, make_single, make_torchtitan_dcp
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from unit.samples import TINY_FIELDS, tiny_model
 
 from tunelib.checkpoint.state import model_tensors
@@ -253,7 +254,16 @@ def _change(file: str, name: str, change: Any) -> Any:
         (lambda folder: (folder / "params.json").unlink(), r"has no params\.json: what model is it"),
         (lambda folder: (folder / "params.json").write_text("{"), r"params\.json cannot be read"),
     ],
-    ids=["no first file", "norms differ", "shapes differ", "a dimension more", "flat embedding", "a head of one number", "no params", "broken params"],
+    ids=[
+        "no first file",
+        "norms differ",
+        "shapes differ",
+        "a dimension more",
+        "flat embedding",
+        "a head of one number",
+        "no params",
+        "broken params",
+    ],
 )
 def test_damaged_meta_folder_is_refused_by_file_or_tensor(tmp_path: Path, tensors: State, damage: Any, words: str) -> None:
     make_meta(tmp_path, tensors, 4, 2, model_parallel=2)
@@ -298,9 +308,11 @@ def test_dcp_of_torchtitan_holds_the_model_and_training_state_is_skipped(tmp_pat
 
 
 def test_dcp_whose_chunks_do_not_make_up_a_tensor_is_refused(tmp_path: Path, tensors: State) -> None:
-    make_torchtitan_dcp(tmp_path, tensors, 4, 2, processes=2)
+    make_torchtitan_dcp(tmp_path, tensors, 4, 2)
     metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
-    del metadata.state_dict_metadata["layers.0.feed_forward.w1.weight"].chunks[0]
+    name, below = "layers.0.feed_forward.w1.weight", torch.Size((44, 0))
+    metadata.state_dict_metadata[name].chunks = [ChunkStorageMetadata(below, torch.Size((44, 32)))]
+    metadata.storage_data[MetadataIndex(name, below)] = metadata.storage_data[MetadataIndex(name, torch.Size((0, 0)))]
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(FormatError, match=r"mlp\.gate_proj\.weight is stored in pieces of 1408 elements in all instead of 2816"):
         check_model(open_checkpoint(tmp_path, TINY_FIELDS | {"intermediate_size": 88}))

@@ -42,9 +42,13 @@ def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-@given(case=shapes_with_parts(), dtype=st.sampled_from(DTYPES), min_column_bytes=st.sampled_from([1, 8, 1 << 12]), chunk_bytes=st.sampled_from([1, 64]))
+@given(
+    case=shapes_with_parts(), dtype=st.sampled_from(DTYPES), min_column_bytes=st.sampled_from([1, 8, 1 << 12]), chunk_bytes=st.sampled_from([1, 64])
+)
 @settings(deadline=None, max_examples=150)
-def test_any_part_of_a_region_is_that_part_of_the_tensor(tmp_path_factory: Any, case: Any, dtype: torch.dtype, min_column_bytes: int, chunk_bytes: int):
+def test_any_part_of_a_region_is_that_part_of_the_tensor(
+    tmp_path_factory: Any, case: Any, dtype: torch.dtype, min_column_bytes: int, chunk_bytes: int
+):
     (shape, part), path = case, tmp_path_factory.getbasetemp() / "region"
     tensor = numbered(shape, dtype)
     region = write_region(path, tensor)

@@ -85,7 +85,9 @@ def test_strided_tensor_is_written_as_it_reads(tmp_path: Path) -> None:
     check_same(torch.load(tmp_path / "model.pt", weights_only=True), {"t": TENSORS["b.second"].T, "every second": TENSORS["large"][::2, ::3]})
 
 
-@pytest.mark.parametrize("wrap", [dict, OrderedDict, lambda held: {"model": held}, lambda held: {"state_dict": held, "epoch": 3, "args": {"lr": 0.1}}])
+@pytest.mark.parametrize(
+    "wrap", [dict, OrderedDict, lambda held: {"model": held}, lambda held: {"state_dict": held, "epoch": 3, "args": {"lr": 0.1}}]
+)
 def test_we_read_what_torch_writes(tmp_path: Path, wrap: Any) -> None:
     torch.save(wrap(TENSORS), tmp_path / "model.pt")
     check_same({name: region.read() for name, region in read_torch_file(tmp_path / "model.pt").items()}, TENSORS)
@@ -98,7 +100,14 @@ def test_we_read_what_we_write(tmp_path: Path) -> None:
 
 def test_views_of_one_storage_are_read_each_for_itself(tmp_path: Path) -> None:
     whole = torch.arange(24.0).reshape(4, 6)
-    views = {"whole": whole, "rows": whole[1:3], "columns": whole[:, 2:4], "turned": whole.T, "thinned": whole[::2, ::3], "wide": whole[0].expand(3, 6)}
+    views = {
+        "whole": whole,
+        "rows": whole[1:3],
+        "columns": whole[:, 2:4],
+        "turned": whole.T,
+        "thinned": whole[::2, ::3],
+        "wide": whole[0].expand(3, 6),
+    }
     torch.save(views, tmp_path / "model.pt")
     found = read_torch_file(tmp_path / "model.pt")
     check_same({name: region.read() for name, region in found.items()}, views)
@@ -189,5 +198,7 @@ def test_pickle_of_ours_names_nothing_but_tensors(tmp_path: Path) -> None:
     write(tmp_path / "model.pt", TENSORS)
     with zipfile.ZipFile(tmp_path / "model.pt") as archive:
         pickled = archive.read("archive/data.pkl")
-    allowed = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {f"torch {kind}Storage" for kind in ("Float", "BFloat16", "Half", "Double")}
+    allowed = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
+        f"torch {kind}Storage" for kind in ("Float", "BFloat16", "Half", "Double")
+    }
     assert {argument for opcode, argument, _ in pickletools.genops(pickled) if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST")} == allowed

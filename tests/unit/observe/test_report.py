@@ -39,19 +39,19 @@ def test_summary_says_losses_and_where_things_lie(tmp_path: Path) -> None:
         summary.add_step(10, 0.1, float(step))
     for loss in (3.0, 2.5, 2.0):
         summary.add_validation(loss)
-    text = "\n".join(summary.lines(20, 200, 5.0, 1.0, tmp_path, tmp_path / "checkpoint/step-20"))
+    text = "\n".join(summary.lines(20, 200, 5.0, 1.0, tmp_path, tmp_path / "checkpoint/step-20", "a folder of some form"))
     for words in (
         "step 20",
         "training loss 14.5000 (mean of the last 10 steps)",
         "validation loss 3.0000 → 2.0000",
         "100 tokens/s",
         "checkpoint/step-20",
-        "export",
+        "export: a folder of some form",
     ):
         assert words in text
 
 
 def test_finished_run_that_took_no_step_has_a_summary(tmp_path: Path) -> None:
-    text = "\n".join(Summary().lines(7, 70, 0.1, 1.0, tmp_path, None))
+    text = "\n".join(Summary().lines(7, 70, 0.1, 1.0, tmp_path, None, "a folder of some form"))
     assert "step 7" in text
     assert "loss" not in text
