@@ -20,6 +20,7 @@ from tunelib.formats.write import KIND, write_checkpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SUFFIXES = {"torch": TORCH_SUFFIXES, "gguf": (".gguf",)}
 """Forms that may be a file of such a name, instead of a folder that holds one."""
+UNREADABLE = "the tokenizer cannot be read, and is left out"
 FILE_SUFFIXES = (*TORCH_SUFFIXES, ".gguf", ".safetensors")
 
 
@@ -71,6 +72,7 @@ def plan_conversion(
         FormatError: what cannot be read, does not fit together, or cannot be written as asked.
     """
     _check_wishes(kind, dtype, like_path, max_shard_size, model_parallel, meta_names)
+    target = target.resolve() if target.is_symlink() else target  # what is exchanged is a folder, not the link to it
     check_target(target, SUFFIXES.get(kind, ()))
     like = open_checkpoint(like_path) if like_path is not None else None
     source = open_checkpoint(source_path, like.fields if like is not None else None)
@@ -80,6 +82,8 @@ def plan_conversion(
     home = (like or source).folder
     tokenizer, notes = _find_tokenizer(home)
     notes += _describe_skipped(source)
+    if kind == "gguf" and tokenizer is None and notes[0].startswith(UNREADABLE):
+        raise FormatError(f"a GGUF file holds the tokenizer too; {notes[0]}")
     if kind == "gguf":
         shapes = {name: info.shape for name, info in source.weights.items()}
         own_dtype = str(next(iter(source.weights.values())).dtype).removeprefix("torch.")
@@ -137,6 +141,8 @@ def check_target(target: Path, suffixes: tuple[str, ...] = ()) -> None:
     Raises:
         FormatError: it exists and is not an empty folder, or is named like a file of another form.
     """
+    if target.name in ("", ".."):
+        raise FormatError(f"{target} cannot be exchanged as a whole: give the folder that is to be written a name")
     if target.is_dir() and any(target.iterdir()):
         raise FormatError(f"{target} is not empty: nothing is overwritten; name another folder, or remove it first")
     if target.exists() and (not target.is_dir() or target.suffix in suffixes):
@@ -179,7 +185,7 @@ def _find_tokenizer(home: Path) -> tuple[Tokenizer | None, list[str]]:
             try:
                 return Tokenizer(folder), []
             except DataError as error:
-                return None, [f"the tokenizer is left out: {error}"]
+                return None, [f"{UNREADABLE}: {error}"]
     return None, [f"{home} has no tokenizer, so none comes along"]
 
 

@@ -85,9 +85,18 @@ def open_chunks(folder: Path) -> dict[str, list[Piece]]:
         FormatError: the metadata cannot be read or asks for code to be run, or a file that it names is missing.
     """
     try:
-        metadata = SafeReader(folder).read_metadata()
+        found = _list_chunks(folder, SafeReader(folder).read_metadata())
     except CheckpointError as error:
         raise FormatError(str(error)) from None
+    except (AttributeError, TypeError, ValueError) as error:  # unpickled, but not whole
+        raise FormatError(f"{folder / '.metadata'} cannot be read, it is damaged: {error}") from None
+    for file in sorted({piece.stored.path for pieces in found.values() for piece in pieces if isinstance(piece.stored, Chunk)}):
+        if not file.is_file():
+            raise FormatError(f"{file} is missing, which .metadata names")
+    return found
+
+
+def _list_chunks(folder: Path, metadata: Metadata) -> dict[str, list[Piece]]:
     places = metadata.storage_data or {}
     found: dict[str, list[Piece]] = {}
     for name, entry in metadata.state_dict_metadata.items():
@@ -99,9 +108,6 @@ def open_chunks(folder: Path) -> dict[str, list[Piece]]:
                 raise FormatError(f"{folder}: .metadata does not say where {name} at {list(chunk.offsets)} lies as plain bytes")
             stored = Chunk(folder / place.relative_path, place.offset, place.length, entry.properties.dtype, tuple(chunk.sizes))
             found.setdefault(name, []).append(Piece(stored, tuple(chunk.offsets)))
-    for file in sorted({piece.stored.path for pieces in found.values() for piece in pieces if isinstance(piece.stored, Chunk)}):
-        if not file.is_file():
-            raise FormatError(f"{file} is missing, which .metadata names")
     return found
 
 

@@ -118,7 +118,9 @@ def plan_gguf(
     if config.head_dim % 2:
         raise FormatError(f"head_dim = {config.head_dim} is odd; llama.cpp turns neighbouring rows in pairs")
     if tokenizer is None:
-        raise FormatError("a GGUF file holds the tokenizer too: name a folder that has one with model.tokenizer_path")
+        raise FormatError(
+            "a GGUF file holds the tokenizer too, and there is none: put its files beside the weights, or name a folder that has them (--like)"
+        )
     tied = config.tie_word_embeddings
     if (HEAD in tensors) == tied:  # without a head of its own, llama.cpp takes the embedding
         raise FormatError(f"tie_word_embeddings is {str(tied).lower()}, but {HEAD} is {'there' if tied else 'missing'}")

@@ -250,8 +250,11 @@ def _read_scores(tokenizer: Tokenizer, content: dict[str, Any], types: list[int]
         _refuse(tokenizer, f"it has pieces for {types.count(BYTE)} of the 256 bytes")
     if strange := [piece for piece, number in vocab.items() if number >= len(pieces) and types[number] == NORMAL]:
         _refuse(tokenizer, f"piece {strange[0]!r} is in tokenizer.json, but not in tokenizer.model")
-    merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"])
-    order = [scores[vocab["".join(merge)]] for merge in merges]
+    merges = ("".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in content["model"]["merges"])
+    made = [vocab[piece] for piece in merges]
+    if beyond := [number for number in made if number >= len(pieces)]:
+        _refuse(tokenizer, f"a merge makes the token with id {beyond[0]}, which is not in tokenizer.model")
+    order = [scores[number] for number in made]
     if any(later > sooner for sooner, later in itertools.pairwise(order)):
         _refuse(tokenizer, "the merges in tokenizer.json do not follow the scores in tokenizer.model")
     return scores + [ADDED_SCORE] * (len(types) - len(scores))

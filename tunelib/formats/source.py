@@ -210,7 +210,7 @@ def check_model(stored: StoredModel, expected: dict[str, torch.Size] | None = No
     family, found = family_of(stored.config), dict(stored.tensors)
     if stored.config.tie_word_embeddings and family.HEAD in found and family.EMBEDDING in found:
         if not _equal(stored.tensors[family.HEAD], stored.tensors[family.EMBEDDING]):
-            raise FormatError(f"{stored.path}: its config says tie_word_embeddings, but {family.HEAD} differs from {family.EMBEDDING}")
+            raise FormatError(f"{stored.path}: the config says tie_word_embeddings, but {family.HEAD} differs from {family.EMBEDDING}")
         del found[family.HEAD]
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not part of the model" for name in found if name not in expected]
@@ -322,8 +322,13 @@ def _count_rows(params: dict[str, Any], found: _Found, where: str) -> int:
     if found.chunks:
         pieces = next(pieces for name, pieces in found.chunks.items() if name.endswith("tok_embeddings.weight"))
         return max(piece.begin[0] + piece.stored.shape[0] for piece in pieces)
-    divided_by_columns = len(shapes) > 1 and shapes[0][1] * len(shapes) == params.get("dim")
-    return shapes[0][0] if divided_by_columns else sum(shape[0] for shape in shapes)
+    (rows, width), dim = shapes[0], params.get("dim")
+    if width * len(shapes) == dim:  # divided by columns
+        return rows
+    if isinstance(dim, int) and width != dim:
+        count = f"each of {len(shapes)} files" if len(shapes) > 1 else "the only file"
+        raise FormatError(f"{where}: dim = {dim}, but tok_embeddings.weight is {width} wide in {count}: is a file missing?")
+    return sum(shape[0] for shape in shapes)
 
 
 def _is_tied(found: _Found) -> bool:
@@ -381,12 +386,15 @@ def _join(path: Path, name: str, holding: list[tuple[str, Stored]], wanted_shape
     """
     (first_file, first), *others = holding
     own, count = first.shape, len(holding)
-    wanted = tuple(wanted_shape) if wanted_shape is not None else own
+    if wanted_shape is None:  # not part of the model, as `check_model` will say
+        return [Piece(first, (0,) * len(own))]
+    wanted = tuple(wanted_shape)
     if all(part.shape == own for _, part in others) and len(own) == len(wanted):
         if own == wanted:  # each file has all of it
             for file, part in others:
                 if not torch.equal(part.read(), first.read()):
-                    raise FormatError(f"{path / file}: {name} differs from that of {first_file}, though each file should hold the same")
+                    whole = f"all of it, {list(own)} by the model's config"
+                    raise FormatError(f"{path / file}: {name} differs from that of {first_file}, though each file should hold {whole}")
             return [Piece(first, (0,) * len(own))]
         for dim in range(len(own)):
             divided = (*own[:dim], own[dim] * count, *own[dim + 1 :])

@@ -114,7 +114,9 @@ def test_numbers_that_are_nan_in_both_are_not_the_difference(tmp_path: Path, ten
     both = with_one_changed(tensors, UP, ((0, 0), float("nan")))
     assert find_difference(write(tmp_path / "a", both), write(tmp_path / "b", both)).first == ""
     other = with_one_changed(both, UP, ((5, 6), tensors[UP][5, 6].item() + 0.5))
-    assert find_difference(write(tmp_path / "c", both), write(tmp_path / "d", other)).first == f"{UP} differs, first at [5, 6], near there by up to 0.5"
+    assert (
+        find_difference(write(tmp_path / "c", both), write(tmp_path / "d", other)).first == f"{UP} differs, first at [5, 6], near there by up to 0.5"
+    )
     lost = find_difference(write(tmp_path / "e", tensors), write(tmp_path / "f", both)).first
     assert lost.startswith(f"{UP} differs, first at [0, 0]")
 

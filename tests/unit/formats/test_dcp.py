@@ -175,6 +175,10 @@ def _change_metadata(folder: Path, change: Any) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def _lose(attribute: str) -> Any:
+    return lambda metadata: delattr(metadata.state_dict_metadata["model.one"], attribute)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -183,8 +187,13 @@ def _change_metadata(folder: Path, change: Any) -> None:
         (lambda folder: (folder / ".metadata").write_bytes(b"nonsense"), r"\.metadata cannot be read"),
         (lambda folder: (folder / ".metadata").write_bytes(pickle.dumps([1])), "does not hold checkpoint metadata"),
         (lambda folder: _change_metadata(folder, lambda metadata: metadata.storage_data.clear()), r"\.metadata does not say where"),
+        (lambda folder: _change_metadata(folder, _lose("chunks")), r"\.metadata cannot be read, it is damaged"),
+        (
+            lambda folder: _change_metadata(folder, lambda metadata: delattr(metadata, "state_dict_metadata")),
+            r"\.metadata cannot be read, it is damaged",
+        ),
     ],
-    ids=["a file", "no metadata", "nonsense", "something else", "no places"],
+    ids=["a file", "no metadata", "nonsense", "something else", "no places", "no chunks", "half of it"],
 )
 def test_damaged_folder_is_refused_by_name(tmp_path: Path, change: Any, words: str) -> None:
     save(tmp_path / "dcp", TENSORS)

@@ -176,7 +176,9 @@ def test_generation_stops_where_training_taught_it_to(tmp_path: Path, found: dic
     content = find_companions(tmp_path, None, {"eos_token_id": 1}, None, frozenset(stop_ids))["generation_config.json"]
     settings = json.loads(content.read_text() if isinstance(content, Path) else content)
     assert settings["eos_token_id"] == expected
-    assert {name: settings[name] for name in (found or {}) if name != "eos_token_id"} == {n: v for n, v in (found or {}).items() if n != "eos_token_id"}
+    assert {name: settings[name] for name in (found or {}) if name != "eos_token_id"} == {
+        n: v for n, v in (found or {}).items() if n != "eos_token_id"
+    }
 
 
 # Meta's folder

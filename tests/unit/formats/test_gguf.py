@@ -273,7 +273,7 @@ def test_unknown_weights_missing_tokenizers_and_telling_names_are_refused() -> N
         plan_gguf(config, shapes | {"model.layers.0.self_attn.sinks": (4,)}, tokenizer, None, "float32", "tiny")
     with pytest.raises(FormatError, match=r"tie_word_embeddings is false, but lm_head\.weight is missing"):
         plan_gguf(config, {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}, tokenizer, None, "float32", "tiny")
-    with pytest.raises(FormatError, match=r"name a folder that has one with model\.tokenizer_path"):
+    with pytest.raises(FormatError, match=r"there is none: put its files beside the weights"):
         plan_gguf(config, shapes, None, None, "float32", "tiny")
     with pytest.raises(FormatError, match=r"otherwise for names with 'phi-3'"):
         plan_gguf(config, shapes, tokenizer, None, "float32", "My-Phi-3")

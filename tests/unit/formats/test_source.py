@@ -1,7 +1,9 @@
 """A checkpoint is known by its files, counts for what its index says, and fits its model exactly."""
 
+import contextlib
 import json
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +274,23 @@ def test_damaged_meta_folder_is_refused_by_file_or_tensor(tmp_path: Path, tensor
         check_model(open_checkpoint(tmp_path))
 
 
+def test_missing_last_file_is_asked_for(tmp_path: Path, tensors: State) -> None:
+    for split in ("columns", "rows"):
+        folder = tmp_path / split
+        make_meta(folder, tensors, 4, 2, model_parallel=2, embedding_split=split)
+        (folder / "consolidated.01.pth").unlink()
+        with pytest.raises(FormatError, match=r"is a file missing\?|tok_embeddings has 24 rows"):
+            open_checkpoint(folder)
+
+
+def test_tensor_that_is_not_part_of_the_model_is_said_to_be_so_in_several_files_too(tmp_path: Path, tensors: State) -> None:
+    make_meta(tmp_path, tensors, 4, 2, model_parallel=2)
+    params = json.loads((tmp_path / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps(params | {"n_layers": 1}))
+    with pytest.raises(FormatError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight is not part of the model"):
+        check_model(open_checkpoint(tmp_path))
+
+
 def test_files_that_cut_a_head_in_two_are_refused(tmp_path: Path, tensors: State) -> None:
     make_meta(tmp_path, tensors, 4, 2, model_parallel=4)
     with pytest.raises(FormatError, match=r"attention\.wk\.weight has shape \[4, 32\] in each of 4 files"):
@@ -324,6 +343,34 @@ def test_weight_of_a_type_that_is_not_read_is_refused_by_name(tmp_path: Path, te
     make_single(folder / BIN, tensors | {NORM: tensors[NORM].to(dtype)})
     with pytest.raises(FormatError, match=rf"{NORM} has type {str(dtype).removeprefix('torch.')}"):
         check_model(open_checkpoint(folder))
+
+
+# Damage of any kind
+
+
+@pytest.mark.parametrize("file", [SAFETENSORS, BIN, "consolidated.01.pth", "params.json", ".metadata", "__0_0.distcp"])
+def test_bytes_that_changed_anywhere_are_met_with_a_sentence_or_not_at_all(tmp_path: Path, tensors: State, file: str) -> None:
+    if file in ("consolidated.01.pth", "params.json"):
+        make_meta(tmp_path, tensors, 4, 2, model_parallel=2)
+    elif file in (".metadata", "__0_0.distcp"):
+        make_torchtitan_dcp(tmp_path, tensors, 4, 2)
+    else:
+        (torch.save if file == BIN else save_file)(tensors, tmp_path / file)
+    sound, chance, fields = (tmp_path / file).read_bytes(), random.Random(file), TINY_FIELDS | {"intermediate_size": 88}
+    for _ in range(60):
+        content = bytearray(sound)
+        place = chance.choice(
+            (chance.randrange(min(len(sound), 4000)), chance.randrange(len(sound)), len(sound) - 1 - chance.randrange(min(len(sound), 2000)))
+        )
+        if chance.random() < 0.7:
+            content[place] ^= 1 << chance.randrange(8)
+        else:
+            del content[place : place + chance.randrange(1, 20)]
+        (tmp_path / file).write_bytes(content)
+        with contextlib.suppress(FormatError):
+            stored = open_checkpoint(tmp_path, fields)
+            check_model(stored)
+            assert all(stored.read(name).shape == tensor.shape for name, tensor in tensors.items())
 
 
 # Whether it fits
