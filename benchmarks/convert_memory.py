@@ -4,7 +4,8 @@
 
 Makes a random Llama of 1.1 billion parameters in bfloat16 (2.2 GB in 3 files) and one twice as large, and converts each from form to form,
 every conversion in a process of its own. "peak" is the resident memory above that of the process with its libraries imported, "limit"
-0.5 GB + twice the largest tensor. "time" is that of planning and converting, start-up left out; "copy" that of copying the files with fsync, right before it.
+0.5 GB + twice the largest tensor. "time" is that of planning and converting, start-up left out; "copy" that of copying the files with
+fsync, right before it.
 """
 
 import argparse

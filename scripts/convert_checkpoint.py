@@ -1,8 +1,8 @@
 """Convert a checkpoint from any form to any other, in bounded memory, proven complete before a byte is written.
 
-    python scripts/convert_checkpoint.py IN OUT --to hf
-    python scripts/convert_checkpoint.py IN OUT --to meta --model_parallel 4
-    python scripts/convert_checkpoint.py IN OUT.gguf --to gguf --dtype q8_0
+python scripts/convert_checkpoint.py IN OUT --to hf
+python scripts/convert_checkpoint.py IN OUT --to meta --model_parallel 4
+python scripts/convert_checkpoint.py IN OUT.gguf --to gguf --dtype q8_0
 """
 
 import sys
@@ -52,6 +52,9 @@ def run(source: Path, target: Path, to: str, **wishes: object) -> int:
     except TunelibError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"stopped; nothing is left of {target}", file=sys.stderr)
+        return 130
     print(f"{conversion.source.sentence} is now {target}")
     return 0
 

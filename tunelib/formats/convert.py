@@ -12,15 +12,16 @@ from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError, FormatError, SaveError
 from tunelib.formats.compare import NOT_COMPUTED, different_fields
 from tunelib.formats.export import ORIGINAL, TOKENIZER_MODEL, plan_checkpoint
+from tunelib.formats.found import TORCH_SUFFIXES
 from tunelib.formats.gguf import GGUF_TYPES, GgufPlan, plan_gguf, write_gguf
 from tunelib.formats.plan import GGUF_FILE, KINDS, MAX_SHARD_BYTES, Plan, Wish, parse_size
-from tunelib.formats.source import TORCH_SUFFIXES, StoredModel, check_model, open_checkpoint
+from tunelib.formats.source import StoredModel, check_model, open_checkpoint
 from tunelib.formats.write import KIND, write_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SUFFIXES = {"torch": TORCH_SUFFIXES, "gguf": (".gguf",)}
 """Forms that may be a file of such a name, instead of a folder that holds one."""
-UNREADABLE = "the tokenizer cannot be read, and is left out"
+UNREADABLE = "the tokenizer cannot be read here; its files come along as they are"
 FILE_SUFFIXES = (*TORCH_SUFFIXES, ".gguf", ".safetensors")
 
 

@@ -10,9 +10,10 @@ from tunelib import files
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import FormatError
 from tunelib.formats.compare import NOT_COMPUTED, different_fields
+from tunelib.formats.found import CONFIG_FILE, PARAMS_FILE
 from tunelib.formats.params import parse_params, plan_params
 from tunelib.formats.plan import Companions, Plan, Wish, check_form, form_like, index_name, index_of, plan_form
-from tunelib.formats.source import CONFIG_FILE, PARAMS_FILE, Form
+from tunelib.formats.source import Form
 from tunelib.formats.tensors import TensorInfo
 from tunelib.formats.write import to_json
 from tunelib.model.families import parse_config

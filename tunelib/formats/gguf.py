@@ -20,8 +20,9 @@ from tunelib import files
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import FormatError
 from tunelib.formats.gguf_words import Words, describe_words
+from tunelib.formats.tensors import to_pairs
 from tunelib.model.config import ModelConfig
-from tunelib.model.families.llama import ARCHITECTURE, EMBEDDING, HEAD
+from tunelib.model.families.llama import ARCHITECTURE, EMBEDDING, HEAD, rotary_head_dim
 from tunelib.model.rope import rope_frequencies
 
 GGUF_TYPES = ("float32", "float16", "bfloat16", "q8_0")
@@ -49,14 +50,14 @@ class GgufTensor:
         source: the Hugging Face name of the weight, or "" for the rotary frequencies' divisors.
         shape: as torch has it; the file lists dims the other way round.
         kind: one of `GGUF_TYPES`.
-        num_heads: H where the rows of each head are reordered, else 0.
+        head_dim: D where the rows of each head are put in pairs, else 0.
     """
 
     name: str
     source: str
     shape: tuple[int, ...]
     kind: str
-    num_heads: int
+    head_dim: int
 
     @property
     def num_bytes(self) -> int:
@@ -143,7 +144,7 @@ def write_gguf(
 
     Args:
         read: gives a weight by its Hugging Face name, in Hugging Face's layout; an empty tuple means the whole.
-        wrote: is told the number of bytes after each tensor.
+        wrote: is told the number of bytes after the header and after each tensor, in all about ``plan.num_bytes``.
 
     Raises:
         FormatError: a weight is not a number, or larger than the type of the file can hold.
@@ -153,6 +154,7 @@ def write_gguf(
         _write_header(plan, staging)
         with open(staging, "ab") as file:
             _pad(file)
+            wrote(max(0, plan.num_bytes - sum(_padded(tensor.num_bytes) for tensor in plan.tensors)))
             for tensor in plan.tensors:
                 whole = read(tensor.source, ()) if tensor.source else rope_factors(plan.config)
                 assert tuple(whole.shape) == tensor.shape, f"{tensor.source} has shape {tuple(whole.shape)}, not {tensor.shape}"
@@ -173,12 +175,6 @@ def rope_factors(config: ModelConfig) -> Tensor:
     return rope_frequencies(replace(config, rope_scaling=None), torch.device("cpu")) / rope_frequencies(config, torch.device("cpu"))
 
 
-def interleave(rows: Tensor, num_heads: int) -> Tensor:
-    """Put row i + D/2 of each head right after its row i; works for a matrix (H·D, …) and a bias (H·D,)."""
-    head_dim = rows.shape[0] // num_heads
-    return rows.reshape(num_heads, 2, head_dim // 2, -1).transpose(1, 2).reshape(rows.shape)
-
-
 def _import_gguf() -> Any:
     try:
         import gguf
@@ -193,14 +189,13 @@ def _plan_tensor(config: ModelConfig, source: str, shape: tuple[int, ...], kind:
         raise FormatError(f"{source} has no place in a GGUF file of a Llama")
     if kind == "q8_0" and len(shape) > 1 and shape[-1] % Q8_0_VALUES:
         raise FormatError(f"{source} has rows of {shape[-1]}, which q8_0 cannot hold: it takes {Q8_0_VALUES} values at a time; choose another type")
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    return GgufTensor(name, source, tuple(shape), kind if len(shape) > 1 else "float32", heads.get(source.split(".")[-2], 0))
+    return GgufTensor(name, source, tuple(shape), kind if len(shape) > 1 else "float32", rotary_head_dim(source, config))
 
 
 def _encode(whole: Tensor, tensor: GgufTensor) -> Iterator[memoryview]:
     """The bytes of a weight, a block of rows at a time."""
     whole = whole.detach().cpu()
-    rows = interleave(whole, tensor.num_heads) if tensor.num_heads else whole
+    rows = to_pairs(whole, tensor.head_dim) if tensor.head_dim else whole
     for block in rows.split(max(1, BLOCK_VALUES // torch.Size(tensor.shape[1:]).numel())):
         largest = block.abs().amax().item()
         if not largest <= LARGEST[tensor.kind]:

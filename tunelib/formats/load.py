@@ -16,8 +16,9 @@ from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import FormatError
 from tunelib.files import MANIFEST, find_damage, read_manifest
 from tunelib.formats.export import plan_checkpoint
+from tunelib.formats.found import DCP_METADATA, find_kind, says_what_model
 from tunelib.formats.plan import Plan, Wish
-from tunelib.formats.source import DCP_METADATA, StoredModel, check_model, find_kind, open_checkpoint, says_what_model
+from tunelib.formats.source import StoredModel, check_model, open_checkpoint
 from tunelib.formats.tensors import TensorInfo, Where
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder, draw_weight

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from tunelib.errors import FormatError
-from tunelib.formats.source import BIN, SAFETENSORS, Entry, Form
+from tunelib.formats.found import BIN, SAFETENSORS
+from tunelib.formats.source import Entry, Form
 from tunelib.formats.tensors import TensorInfo, bounds_of, shape_of
 from tunelib.model.config import ModelConfig
 from tunelib.model.families import family_of

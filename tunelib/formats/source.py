@@ -4,8 +4,8 @@ Whoever has the result sees a model in Hugging Face's names and layout (law 7), 
 form can be written again.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -16,18 +16,14 @@ from torch import Tensor
 
 from tunelib import files
 from tunelib.errors import FormatError
+from tunelib.formats.found import CONFIG_FILE, PARAMS_FILE, Found, look_into
 from tunelib.formats.params import parse_params
-from tunelib.formats.safetensors_file import DTYPES, read_safetensors
+from tunelib.formats.safetensors_file import DTYPES
 from tunelib.formats.tensors import Piece, Stored, StoredTensor, TensorInfo, Where
-from tunelib.formats.torch_file import read_torch_file
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import build_on_meta
 from tunelib.model.families import family_of, parse_config
 
-CONFIG_FILE, PARAMS_FILE = "config.json", "params.json"
-SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
-META_PATTERN, DCP_METADATA = "consolidated.*.pth", ".metadata"
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # What training checkpoints hold beside the model, by the first part of the name.
 TRAINING_STATE = ("optimizer", "rng", "lr_scheduler", "train_state", "dataloader")
 MOST_PROBLEMS = 8
@@ -104,56 +100,9 @@ class StoredModel:
 NAMES = {"hf": "Hugging Face folder", "meta": "Meta folder", "dcp": "DCP folder", "torch": "torch file", "gguf": "GGUF file"}
 
 
-@dataclass
-class _Found:
-    """What an opener found: file → stored name → what it is; pieces of one name in several files where a format divides tensors."""
-
-    kind: str
-    partition: dict[str, dict[str, Stored]] = field(default_factory=dict)
-    chunks: dict[str, list[Piece]] = field(default_factory=dict)
-    index: dict[str, Any] | None = None
-
-
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """The weights of a model and their shapes, without a tied head."""
     return {name: parameter.shape for name, parameter in build_on_meta(config, torch.float32).named_parameters()}
-
-
-def says_what_model(path: Path) -> bool:
-    """Whether a config.json or params.json lies with a checkpoint."""
-    folder = path if path.is_dir() else path.parent
-    return any((folder / name).is_file() for name in (CONFIG_FILE, PARAMS_FILE))
-
-
-def find_kind(path: Path) -> str:
-    """The form of what lies at a path, by its files alone.
-
-    Raises:
-        FormatError: nothing lies there, or no checkpoint; the text says what does.
-    """
-    if path.is_file():
-        if path.suffix in TORCH_SUFFIXES:
-            return "torch"
-        hint = "GGUF is written, not read: convert what it was made from" if path.suffix == ".gguf" else "name the folder that it lies in"
-        raise FormatError(f"{path} is not a checkpoint of a form that is read from a single file ({', '.join(TORCH_SUFFIXES)}): {hint}")
-    if not path.is_dir():
-        raise FormatError(f"{path} does not exist; scripts/download.py fetches a model from the Hub")
-    if (path / DCP_METADATA).is_file():
-        return "dcp"
-    if any((path / f"{name}{ending}").is_file() for name in (SAFETENSORS, BIN) for ending in ("", ".index.json")):
-        return "hf"
-    if any(path.glob(META_PATTERN)):
-        return "meta"
-    if len(list(_torch_files(path))) == 1:
-        return "torch"
-    for inside in ("export", "original", "checkpoint"):
-        if (path / inside).is_dir():
-            below = "one of its step folders" if inside == "checkpoint" else "the folder"
-            raise FormatError(f"{path} holds no weights itself; name {below} {path / inside}")
-    if (steps := sorted(path.glob("step-*"))) and any((step / DCP_METADATA).is_file() for step in steps):
-        raise FormatError(f"{path} holds no weights itself, but step folders: name one, such as {steps[-1]}")
-    wanted = f"{SAFETENSORS}, {BIN}, one of them with .index.json, {META_PATTERN}, {DCP_METADATA} (DCP), or one .pt file"
-    raise FormatError(f"{path} holds no weights that are known: {wanted}")
 
 
 def open_checkpoint(path: Path, fields: dict[str, Any] | None = None) -> StoredModel:
@@ -165,9 +114,8 @@ def open_checkpoint(path: Path, fields: dict[str, Any] | None = None) -> StoredM
     Raises:
         FormatError: no weights, a missing or damaged file, an index and files that disagree, or a model that is not built.
     """
-    kind = find_kind(path)
-    folder = path if path.is_dir() else path.parent
-    found = {"hf": _open_hf, "meta": _open_meta, "dcp": _open_dcp, "torch": _open_torch}[kind](path)
+    found = look_into(path)
+    kind, folder = found.kind, path if path.is_dir() else path.parent
     names = dict.fromkeys([*found.chunks, *(name for stored in found.partition.values() for name in stored)])
     fields, where = _find_fields(kind, folder, fields, found)
     config = parse_config(fields, where)
@@ -221,6 +169,8 @@ def check_model(stored: StoredModel, expected: dict[str, torch.Size] | None = No
             problems.append(f"{name} has shape {list(found[name].info.shape)} instead of {list(shape)}")
         elif name in found and (volume := sum(torch.Size(piece.stored.shape).numel() for piece in found[name].pieces)) != shape.numel():
             problems.append(f"{name} is stored in pieces of {volume} elements in all instead of {shape.numel()}")
+        elif name in found and len({piece.begin for piece in found[name].pieces}) != len(found[name].pieces):
+            problems.append(f"{name} has two pieces at the same place")
     if problems:
         more = f" (and {len(problems) - MOST_PROBLEMS} more)" if len(problems) > MOST_PROBLEMS else ""
         raise FormatError(f"{stored.path} does not fit its config: {'; '.join(problems[:MOST_PROBLEMS])}{more}")
@@ -231,72 +181,10 @@ def read_fields(folder: Path) -> dict[str, Any]:
     return files.read_json(folder / CONFIG_FILE, FormatError, f"does not exist: is {folder} a model folder?")
 
 
-# Openers: one for each form
-
-
-def _open_hf(path: Path) -> _Found:
-    """Safetensors where there are any, else .bin; the index decides which files count."""
-    for single in (SAFETENSORS, BIN):
-        read = read_safetensors if single == SAFETENSORS else read_torch_file
-        index_path = path / f"{single}.index.json"
-        if index_path.is_file():
-            index = _read_index(index_path)
-            partition: dict[str, dict[str, Stored]] = {}
-            for file in dict.fromkeys(index["weight_map"].values()):
-                wanted = {name for name, where in index["weight_map"].items() if where == file}
-                held = read(path / file)
-                if lacking := sorted(wanted - held.keys()):
-                    raise FormatError(f"{path / file} lacks {lacking[0]}, which {index_path.name} says it holds")
-                partition[file] = {name: region for name, region in held.items() if name in wanted}
-            return _Found("hf", partition, index=index)
-        if (path / single).is_file():
-            return _Found("hf", {single: dict(read(path / single))})
-    raise AssertionError("find_kind has seen one of them")
-
-
-def _open_torch(path: Path) -> _Found:
-    file = path if path.is_file() else next(_torch_files(path))
-    return _Found("torch", {file.name: dict(read_torch_file(file))})
-
-
-def _open_meta(path: Path) -> _Found:
-    names = sorted(file.name for file in path.glob(META_PATTERN))
-    expected = [f"consolidated.{number:02d}.pth" for number in range(len(names))]
-    if names != expected:
-        raise FormatError(f"{path} holds {', '.join(names)}: {next(name for name in expected if name not in names)} is missing")
-    partition: dict[str, dict[str, Stored]] = {name: dict(read_torch_file(path / name)) for name in names}
-    first = partition[names[0]].keys()
-    for name, held in partition.items():
-        if different := sorted(first ^ held.keys()):
-            raise FormatError(f"{path / name} and {names[0]} do not hold the same tensors: {different[0]} is in one of them only")
-    return _Found("meta", partition)
-
-
-def _open_dcp(path: Path) -> _Found:
-    from tunelib.formats.dcp import open_chunks
-
-    return _Found("dcp", chunks=open_chunks(path))
-
-
-def _torch_files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.iterdir()) if file.suffix in TORCH_SUFFIXES and file.is_file())
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    index = files.read_json(path, FormatError)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise FormatError(f"{path}: weight_map does not give a file for each tensor")
-    for file in weight_map.values():
-        if Path(file).name != file:
-            raise FormatError(f"{path} names {file!r}, which lies outside the folder")
-    return index
-
-
 # What the model is, and what its tensors are called
 
 
-def _find_fields(kind: str, folder: Path, given: dict[str, Any] | None, found: _Found) -> tuple[dict[str, Any], str]:
+def _find_fields(kind: str, folder: Path, given: dict[str, Any] | None, found: Found) -> tuple[dict[str, Any], str]:
     """The fields of a config.json, and where they come from. Meta folders go by params.json, others by config.json where both are."""
     order = (PARAMS_FILE, CONFIG_FILE) if kind == "meta" else (CONFIG_FILE, PARAMS_FILE)
     name = next((name for name in order if (folder / name).is_file()), None)
@@ -313,7 +201,7 @@ def _find_fields(kind: str, folder: Path, given: dict[str, Any] | None, found: _
     raise FormatError(f"{folder} has no {needed}: what model is it? Put one there, or name a folder that has one (--like), or the size ([model])")
 
 
-def _count_rows(params: dict[str, Any], found: _Found, where: str) -> int:
+def _count_rows(params: dict[str, Any], found: Found, where: str) -> int:
     """Rows of the embedding: the vocabulary, which params.json often leaves out."""
     shapes = [stored.shape for held in found.partition.values() for name, stored in held.items() if name.endswith("tok_embeddings.weight")]
     shapes += [piece.stored.shape for name, pieces in found.chunks.items() if name.endswith("tok_embeddings.weight") for piece in pieces[-1:]]
@@ -331,7 +219,7 @@ def _count_rows(params: dict[str, Any], found: _Found, where: str) -> int:
     return sum(shape[0] for shape in shapes)
 
 
-def _is_tied(found: _Found) -> bool:
+def _is_tied(found: Found) -> bool:
     """Whether a model with Meta's names uses its embedding as head: params.json does not say, so the weights do."""
 
     def tensors(ending: str) -> list[tuple[Stored, tuple[int, ...]]]:

@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from tunelib import files
 from tunelib.formats.dcp import DcpWriter, dcp_metadata
+from tunelib.formats.found import DCP_METADATA
 from tunelib.formats.plan import Plan
 from tunelib.formats.safetensors_file import SafetensorsWriter
-from tunelib.formats.source import DCP_METADATA, Entry
+from tunelib.formats.source import Entry
 from tunelib.formats.tensors import Where, to_pairs
 from tunelib.formats.torch_file import TorchWriter
 from tunelib.parallel.reduce import agreed

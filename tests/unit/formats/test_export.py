@@ -16,9 +16,10 @@ from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import FormatError
 from tunelib.files import find_damage, read_manifest
 from tunelib.formats.export import find_companions, plan_checkpoint
+from tunelib.formats.found import SAFETENSORS
 from tunelib.formats.load import Weights, plan_export_of
 from tunelib.formats.plan import Plan, Wish
-from tunelib.formats.source import SAFETENSORS, expected_shapes, open_checkpoint
+from tunelib.formats.source import expected_shapes, open_checkpoint
 from tunelib.formats.tensors import TensorInfo
 from tunelib.formats.write import read_live, write_checkpoint
 from tunelib.model.decoder import Decoder

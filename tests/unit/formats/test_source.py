@@ -16,7 +16,8 @@ from unit.samples import TINY_FIELDS, tiny_model
 
 from tunelib.checkpoint.state import model_tensors
 from tunelib.errors import FormatError
-from tunelib.formats.source import BIN, SAFETENSORS, StoredModel, check_model, find_kind, open_checkpoint, read_fields
+from tunelib.formats.found import BIN, SAFETENSORS, find_kind
+from tunelib.formats.source import StoredModel, check_model, open_checkpoint, read_fields
 
 INDEX_FILE = f"{SAFETENSORS}.index.json"
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
