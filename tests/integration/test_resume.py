@@ -204,7 +204,7 @@ def test_weights_start_from_any_checkpoint_of_ours(train: Callable[..., Run], to
         for path in (run.folder / "checkpoint/step-4", run.folder / "export"):
             again = train(config, "--checkpoint.initial_load_path", str(path))
             assert again.series("validation_loss")[0] == run.series("validation_loss")[-1]
-    with pytest.raises(FormatError, match=r"is a run folder; its weights are in .*export"):
+    with pytest.raises(FormatError, match=r"holds no weights itself; name the folder .*export"):
         train(bare, "--checkpoint.initial_load_path", str(run.folder))
 
 
