@@ -119,7 +119,8 @@ def main(argv: list[str]) -> None:
         if decision.kind in ("seed", "finished"):
             manager.load(model_tensors(model), decision)
         elif decision.kind == "fresh":
-            give_weights(model, weights, config.training.seed)
+            with agreed():
+                give_weights(model, weights, config.training.seed)
         if config.checkpoint.create_seed_checkpoint:
             saved = manager.save(model_tensors(model), RunState(0, 0, runtime.world_size, runtime.device.type, origin), kind="seed")
             console.say(f"seed checkpoint written to {saved}; start from it with the same command without create_seed_checkpoint, on any layout")

@@ -37,8 +37,8 @@ class Words:
     """Largest size of a file (hf, dcp), such as 5GB, which is the default."""
     model_parallel: int = 0
     """Files that divide every tensor (meta); by default one, or as many as IN or --like has."""
-    dcp_names: Literal["hf", "meta"] = "hf"
-    """Names in a DCP folder; meta: those of torchtitan, with its order of rotary pairs."""
+    dcp_names: Literal["hf", "meta"] | None = None
+    """Names in a DCP folder; meta: those of torchtitan, with its order of rotary pairs. By default those of IN or --like, where that is one."""
 
 
 def run(source: Path, target: Path, to: str, **wishes: object) -> int:
@@ -69,7 +69,7 @@ def main() -> int:
         like_path=words.like,
         max_shard_size=words.max_shard_size,
         model_parallel=words.model_parallel,
-        meta_names=words.dcp_names == "meta",
+        names=words.dcp_names or "",
     )
 
 

@@ -53,8 +53,8 @@ def verify(words: Words) -> int:
         return int(bool(faults))
     with tqdm(total=sum(map(size_of, opened)), unit="B", unit_scale=True, desc="comparing") as bar:
         difference = find_difference(opened[0], opened[1], bar.update)
-    print(f"{'NOT the same weights: ' + difference.first if difference.first else 'the same weights, bit for bit'}")
-    return int(bool(difference.first))
+    print(f"{'NOT the same weights: ' + difference if difference else 'the same weights, bit for bit'}")
+    return int(bool(difference))
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ reader takes it for the real thing) and exists once `commit_folder` has returned
 last, holds each file's size and crc32, and the parent directory knows the new name.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import fcntl
@@ -25,6 +26,7 @@ MANIFEST_FORMAT = 1
 STAGING, REMOVED, OLD = ".tunelib-staging", ".tunelib-removed", ".tunelib-old"
 CHUNK_BYTES = 1 << 22
 SEND_BYTES = 1 << 25
+CHECKING_THREADS = 2
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -176,13 +178,10 @@ def commit_folder(staging: Path, final: Path, files: dict[str, dict[str, int]], 
         sync_path(final.parent)
 
 
-def commit(staging: Path, final: Path, files: dict[str, dict[str, int]], kind: str, single_file: str = "") -> None:
-    """Make a staged folder final, or the only file of it that is wanted; see `commit_folder`."""
-    if not single_file:
-        commit_folder(staging, final, files, kind=kind)
-        return
-    sync_path(staging / single_file)
-    os.rename(staging / single_file, final)
+def commit_file(staged: Path, final: Path) -> None:
+    """Give a file that is whole its name, which must be free: FileExistsError else, and the file that has it stays."""
+    sync_path(staged)
+    os.link(staged, final)
     sync_path(final.parent)
 
 
@@ -195,6 +194,17 @@ def check_replaceable(final: Path, kind: str | None) -> None:
         free = False
     if not free:
         raise ConfigError(f"{final} exists and was not written by a run: move it away, or give --job.dump_folder another folder")
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a folder has a manifest of ours: others have files of that name too. One that cannot be read counts, as damaged."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(content, dict) and {"format", "files"} <= content.keys()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -218,20 +228,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def find_damage(folder: Path, files: dict[str, dict[str, int]], names: Iterable[str]) -> list[str]:
     """What is wrong with the named files of a committed folder, one sentence each; nothing where all is well."""
-    problems = []
-    for name in names:
+
+    def examine(name: str) -> str:
         path, expected = folder / name, files[name]
         try:
             size = path.stat().st_size
             if size != expected["size"]:
-                problems.append(f"{path} has {size} bytes instead of {expected['size']}")
-            elif crc32_of(path) != expected["crc32"]:
-                problems.append(f"{path} is damaged: its checksum is not the one in {MANIFEST}")
+                return f"{path} has {size} bytes instead of {expected['size']}"
+            return "" if crc32_of(path) == expected["crc32"] else f"{path} is damaged: its checksum is not the one in {MANIFEST}"
         except FileNotFoundError:
-            problems.append(f"{path} is missing")
+            return f"{path} is missing"
         except OSError as error:
-            problems.append(f"{path} cannot be read: {error.strerror}")
-    return problems
+            return f"{path} cannot be read: {error.strerror}"
+
+    with concurrent.futures.ThreadPoolExecutor(CHECKING_THREADS) as pool:  # reading and crc32 let other threads run
+        return [problem for problem in pool.map(examine, names) if problem]
 
 
 def set_aside(folder: Path, reason: str) -> Path:
@@ -287,6 +298,29 @@ def lock_folder(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(f"another run is writing to {folder}: wait for it, or give --job.dump_folder another folder") from None
         yield
+
+
+@contextlib.contextmanager
+def hold_name(final: Path) -> Iterator[None]:
+    """Hold the name of something that is about to be written, for one writer; the system lets go when the process ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    path = final.with_name(f".{final.name}.lock")
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            raise ConfigError(f"another process is writing {final}: wait for it, or give another name")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

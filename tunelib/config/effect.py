@@ -181,12 +181,18 @@ def names_no_model(pair: tuple[str, str], settings: dict[str, Setting]) -> bool:
     return "checkpoint.initial_load_path" in pair and path is not None and has_no_config(str(path.value))
 
 
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
 def has_no_config(path: str) -> bool:
     """Whether a path is weights (a file, or a folder with a DCP's .metadata or files of torch.save) without a config.json or params.json."""
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     if not os.path.exists(path) or any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "params.json")):
         return False
-    return os.path.isfile(path) or any(name == ".metadata" or name.endswith((".pt", ".pth", ".bin")) for name in os.listdir(folder))
+    try:
+        return os.path.isfile(path) or any(name == ".metadata" or name.endswith(WEIGHT_SUFFIXES) for name in os.listdir(folder))
+    except OSError:
+        return False  # the run will say so
 
 
 def explain_idle(idle: Setting, need: Need, settings: dict[str, Setting]) -> str:

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from tunelib import files
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError, FormatError, SaveError
@@ -15,10 +13,11 @@ from tunelib.formats.export import ORIGINAL, TOKENIZER_MODEL, plan_checkpoint
 from tunelib.formats.found import TORCH_SUFFIXES
 from tunelib.formats.gguf import GGUF_TYPES, GgufPlan, plan_gguf, write_gguf
 from tunelib.formats.plan import GGUF_FILE, KINDS, MAX_SHARD_BYTES, Plan, Wish, parse_size
-from tunelib.formats.source import StoredModel, check_model, open_checkpoint
-from tunelib.formats.write import KIND, write_checkpoint
+from tunelib.formats.source import StoredModel, check_files, check_model, open_checkpoint
+from tunelib.formats.tensors import name_of
+from tunelib.formats.write import commit, write_checkpoint
+from tunelib.parallel.runtime import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SUFFIXES = {"torch": TORCH_SUFFIXES, "gguf": (".gguf",)}
 """Forms that may be a file of such a name, instead of a folder that holds one."""
 UNREADABLE = "the tokenizer cannot be read here; its files come along as they are"
@@ -58,7 +57,7 @@ def plan_conversion(
     like_path: Path | None = None,
     max_shard_size: str = "",
     model_parallel: int = 0,
-    meta_names: bool = False,
+    names: str = "",
 ) -> Conversion:
     """Look at both ends and prove that the conversion is complete.
 
@@ -67,18 +66,20 @@ def plan_conversion(
         like_path: a checkpoint whose config and tokenizer to take, and, where it has the same form, files and names.
         max_shard_size: of one file, such as "5GB".
         model_parallel: files of Meta's form.
-        meta_names: a DCP folder with Meta's names, as torchtitan has it.
+        names: "meta" for a DCP folder with Meta's names, as torchtitan has it, or "hf"; empty for those of a DCP folder that it comes from or
+            is like, else Hugging Face's.
 
     Raises:
         FormatError: what cannot be read, does not fit together, or cannot be written as asked.
     """
-    _check_wishes(kind, dtype, like_path, max_shard_size, model_parallel, meta_names)
+    _check_wishes(kind, dtype, max_shard_size, model_parallel, names)
     target = target.resolve() if target.is_symlink() else target  # what is exchanged is a folder, not the link to it
     check_target(target, SUFFIXES.get(kind, ()))
     like = open_checkpoint(like_path) if like_path is not None else None
     source = open_checkpoint(source_path, like.fields if like is not None else None)
     if like is not None:
         source = _take_config(source, like)
+    check_files(source)
     check_model(source)
     home = (like or source).folder
     tokenizer, notes = _find_tokenizer(home)
@@ -87,14 +88,16 @@ def plan_conversion(
         raise FormatError(f"a GGUF file holds the tokenizer too; {notes[0]}")
     if kind == "gguf":
         shapes = {name: info.shape for name, info in source.weights.items()}
-        own_dtype = str(next(iter(source.weights.values())).dtype).removeprefix("torch.")
+        own_dtype = name_of(next(iter(source.weights.values())).dtype)
         template = tokenizer.chat_template if tokenizer else None
         gguf = plan_gguf(source.config, shapes, tokenizer, template, dtype or own_dtype, home.absolute().name)
         return Conversion(source, target, None, gguf, GGUF_FILE if target.suffix in SUFFIXES["gguf"] else "", tuple(notes))
     weights = {name: replace(info, dtype=DTYPES[dtype]) if dtype else info for name, info in source.weights.items()}
     form = (like or source).form
-    is_same_form = form.kind == kind and not max_shard_size and not model_parallel and kind in ("hf", "meta")
-    wish = Wish(kind, parse_size(max_shard_size) if max_shard_size else MAX_SHARD_BYTES, model_parallel or 1, meta_names)
+    is_same_form = form.kind == kind and not max_shard_size and not model_parallel and kind != "dcp"
+    is_dcp_like = kind == "dcp" and form.kind == "dcp" and not names
+    meta_names, prefix = (form.is_meta, form.prefix) if is_dcp_like else (names == "meta", "")
+    wish = Wish(kind, parse_size(max_shard_size) if max_shard_size else MAX_SHARD_BYTES, model_parallel or 1, meta_names, prefix)
     fields = source.fields
     if source.form.kind == "meta" and kind != "meta" and like is None and tokenizer is not None:
         fields = tokenizer.special_ids | fields
@@ -118,19 +121,24 @@ def convert(conversion: Conversion, wrote: Callable[[int], None] = lambda _: Non
     free = shutil.disk_usage(parent).free
     if free < conversion.num_bytes:
         raise SaveError(f"{target} needs {conversion.num_bytes / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are free there")
-    if conversion.plan is not None:
-        write_checkpoint(conversion.plan, source.read, target, wrote=wrote, single_file=conversion.single_file)
-        return
-    assert conversion.gguf is not None
     try:
-        staging = files.make_staging(target)
-        try:
-            write_gguf(conversion.gguf, staging / GGUF_FILE, source.read, wrote)
-            files.commit(staging, target, files.describe_files(staging, [GGUF_FILE]), KIND, conversion.single_file)
-        finally:
-            files.remove_folder(staging)
+        with files.hold_name(target):
+            if conversion.plan is not None:
+                write_checkpoint(conversion.plan, source.read, target, wrote=wrote, single_file=conversion.single_file, replace=False)
+            else:
+                _write_gguf_file(conversion, wrote)
     except OSError as error:
         raise SaveError(f"{target} cannot be written: {error}") from None
+
+
+def _write_gguf_file(conversion: Conversion, wrote: Callable[[int], None]) -> None:
+    assert conversion.gguf is not None
+    staging = files.make_staging(conversion.target)
+    try:
+        write_gguf(conversion.gguf, staging / GGUF_FILE, conversion.source.read, wrote)
+        commit(staging, conversion.target, files.describe_files(staging, [GGUF_FILE]), conversion.single_file, replace=False)
+    finally:
+        files.remove_folder(staging)
 
 
 def check_target(target: Path, suffixes: tuple[str, ...] = ()) -> None:
@@ -152,7 +160,7 @@ def check_target(target: Path, suffixes: tuple[str, ...] = ()) -> None:
         raise FormatError(f"{target} is named like a file, but this form is a folder; name a folder")
 
 
-def _check_wishes(kind: str, dtype: str, like: Path | None, max_shard_size: str, model_parallel: int, meta_names: bool) -> None:
+def _check_wishes(kind: str, dtype: str, max_shard_size: str, model_parallel: int, names: str) -> None:
     """Refuse what has no effect on this form."""
     if kind not in KINDS:
         raise FormatError(f"--to {kind}: the forms are {', '.join(KINDS)}")
@@ -162,7 +170,7 @@ def _check_wishes(kind: str, dtype: str, like: Path | None, max_shard_size: str,
     given = {
         "--max_shard_size": (bool(max_shard_size), ("hf", "dcp")),
         "--model_parallel": (model_parallel != 0, ("meta",)),
-        "--dcp_names meta": (meta_names, ("dcp",)),
+        f"--dcp_names {names}": (bool(names), ("dcp",)),
     }
     for name, (is_given, kinds) in given.items():
         if is_given and kind not in kinds:

@@ -106,13 +106,16 @@ def _list_chunks(folder: Path, metadata: Metadata) -> dict[str, list[Piece]]:
             place = places.get(MetadataIndex(name, chunk.offsets))
             if place is None or getattr(place, "transform_descriptors", None):
                 raise FormatError(f"{folder}: .metadata does not say where {name} at {list(chunk.offsets)} lies as plain bytes")
+            numbers = (place.offset, place.length, *chunk.offsets, *chunk.sizes)
+            if not all(isinstance(number, int) and number >= 0 for number in numbers) or len(chunk.offsets) != len(chunk.sizes):
+                raise ValueError(f"{name} has a chunk at {chunk.offsets} of {chunk.sizes}")
             stored = Chunk(folder / place.relative_path, place.offset, place.length, entry.properties.dtype, tuple(chunk.sizes))
             found.setdefault(name, []).append(Piece(stored, tuple(chunk.offsets)))
     return found
 
 
 class DcpWriter:
-    """Writes one ``.distcp`` file, tensor after tensor, each in one chunk; `write_metadata` makes the folder of it."""
+    """Writes one ``.distcp`` file, tensor after tensor, each in one chunk; `dcp_metadata` makes the folder of it."""
 
     def __init__(self, file: ChecksummedFile, name: str, tensors: list[TensorInfo]):
         self._file, self._name, self._expected = file, name, list(tensors)

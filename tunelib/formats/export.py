@@ -10,11 +10,11 @@ from tunelib import files
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import FormatError
 from tunelib.formats.compare import NOT_COMPUTED, different_fields
+from tunelib.formats.form import Form
 from tunelib.formats.found import CONFIG_FILE, PARAMS_FILE
 from tunelib.formats.params import parse_params, plan_params
 from tunelib.formats.plan import Companions, Plan, Wish, check_form, form_like, index_name, index_of, plan_form
-from tunelib.formats.source import Form
-from tunelib.formats.tensors import TensorInfo
+from tunelib.formats.tensors import TensorInfo, name_of
 from tunelib.formats.write import to_json
 from tunelib.model.families import parse_config
 
@@ -72,19 +72,21 @@ def plan_checkpoint(
         places = [folder / name for folder in folders for name in (TOKENIZER_MODEL, f"{ORIGINAL}/{TOKENIZER_MODEL}")]
         found = next((place for place in places if place.is_file()), None)
         if found is not None:
-            companions[TOKENIZER_MODEL] = found
+            companions[TOKENIZER_MODEL] = found.read_bytes()
         else:
             notes.append("there is no tokenizer.model, which programs for Meta's form ask for: a tokenizer.json cannot be made into one")
     else:
         companions[CONFIG_FILE] = to_json(fields)
     if (index := index_of(form)) is not None:
         companions[index_name(form)] = to_json(index)
+    if taken := sorted(form.files.keys() & {*companions, files.MANIFEST}):
+        raise FormatError(f"{taken[0]} cannot be the name of a file with weights")
     return Plan(form, fields, companions, tuple(notes))
 
 
 def _with_dtype(fields: dict[str, Any], weights: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """The fields with the type that the weights have, under the name that the config uses for it; without one they are float32."""
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    dtype = name_of(next(iter(weights.values())).dtype)
     name = "torch_dtype" if "torch_dtype" in fields else "dtype"
     return fields if fields.get(name, "float32") == dtype else {**fields, name: dtype}
 
@@ -116,13 +118,13 @@ def find_companions(
         stop_ids: ids that end an answer.
     """
     folder = tokenizer_folder or source
-    found: Companions = {name: folder / name for name in TOKENIZER_FILES if folder is not None and (folder / name).is_file()}
+    found: Companions = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if folder is not None and (folder / name).is_file()}
     if chat_template is not None:
         found[CHAT_TEMPLATE] = chat_template
     path = source / GENERATION_CONFIG if source is not None else None
     if path is not None and path.is_file():
         settings = files.read_json(path, FormatError)
-        found[GENERATION_CONFIG] = path
+        found[GENERATION_CONFIG] = path.read_bytes()
     else:
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
         settings = {"_from_model_config": True, **ids}

@@ -90,12 +90,13 @@ def _open_hf(path: Path) -> Found:
         if index_path.is_file():
             index = _read_index(index_path)
             partition: dict[str, dict[str, Stored]] = {}
-            for file in dict.fromkeys(index["weight_map"].values()):
-                wanted = {name for name, where in index["weight_map"].items() if where == file}
+            weight_map = index["weight_map"]
+            for file in dict.fromkeys(weight_map.values()):
                 held = read(path / file)
-                if lacking := sorted(wanted - held.keys()):
+                if lacking := sorted(name for name, where in weight_map.items() if where == file and name not in held):
                     raise FormatError(f"{path / file} lacks {lacking[0]}, which {index_path.name} says it holds")
-                partition[file] = {name: region for name, region in held.items() if name in wanted}
+                # A copy of what the index places elsewhere does not count; what it does not list at all is looked at.
+                partition[file] = {name: region for name, region in held.items() if weight_map.get(name, file) == file}
             return Found("hf", partition, index=index)
         if (path / single).is_file():
             return Found("hf", {single: dict(read(path / single))})
@@ -136,4 +137,6 @@ def _read_index(path: Path) -> dict[str, Any]:
     for file in weight_map.values():
         if Path(file).name != file:
             raise FormatError(f"{path} names {file!r}, which lies outside the folder")
+        if Path(file).suffix != Path(path.name.removesuffix(".index.json")).suffix:
+            raise FormatError(f"{path} names {file!r}, which is not such a file as the index is for")
     return index

@@ -14,16 +14,16 @@ from tunelib.config.schema import Model
 from tunelib.config.sizes import SIZES
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import FormatError
-from tunelib.files import MANIFEST, find_damage, read_manifest
+from tunelib.files import has_manifest
 from tunelib.formats.export import plan_checkpoint
-from tunelib.formats.found import DCP_METADATA, find_kind, says_what_model
+from tunelib.formats.found import find_kind, says_what_model
 from tunelib.formats.plan import Plan, Wish
-from tunelib.formats.source import StoredModel, check_model, open_checkpoint
+from tunelib.formats.source import StoredModel, check_files, check_model, open_checkpoint
 from tunelib.formats.tensors import TensorInfo, Where
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder, draw_weight
 from tunelib.model.families import hf_config, llama, parse_config
-from tunelib.parallel.reduce import deal, local
+from tunelib.parallel.reduce import local
 
 RUN_CONFIG = "config.toml"
 
@@ -35,12 +35,10 @@ class Weights:
     Attributes:
         config: the model that they are for.
         sentence: for the opening lines.
-        num_stored_rows: rows of the embedding and head that are stored; the model may have more.
     """
 
     config: ModelConfig
     sentence: str
-    num_stored_rows: int
     stored: StoredModel | None = None
 
 
@@ -77,7 +75,7 @@ def find_weights(section: Model, initial_load_path: str, vocab_size: int, seq_le
     if not initial_load_path:
         config = parse_config(_fields_of(section, vocab_size, seq_len), "[model]")
         config = replace(config, vocab_size=max(config.vocab_size, vocab_size)) if section.resize_embeddings else config
-        return Weights(config, "weights drawn from training.seed", config.vocab_size)
+        return Weights(config, "weights drawn from training.seed")
     check_weights_path(initial_load_path)
     path = Path(initial_load_path)
     stored = open_checkpoint(path, None if says_what_model(path) else _fields_of(section, vocab_size, seq_len))
@@ -85,8 +83,8 @@ def find_weights(section: Model, initial_load_path: str, vocab_size: int, seq_le
     if section.resize_embeddings and vocab_size > config.vocab_size:
         config = replace(config, vocab_size=vocab_size)
         grown = f", the embedding grown from {stored.config.vocab_size} to {vocab_size} rows"
-    unverified = ", unverified: it has no manifest" if stored.form.kind == "dcp" and not (path / MANIFEST).is_file() else ""
-    return Weights(config, f"weights from the {stored.sentence}{unverified}{grown}", stored.config.vocab_size, stored)
+    unverified = ", unverified: it has no manifest" if stored.form.kind == "dcp" and not has_manifest(path) else ""
+    return Weights(config, f"weights from the {stored.sentence}{unverified}{grown}", stored)
 
 
 def check_weights(weights: Weights) -> None:
@@ -96,13 +94,7 @@ def check_weights(weights: Weights) -> None:
     """
     if weights.stored is None:
         return
-    folder = weights.stored.folder
-    if (folder / MANIFEST).is_file():
-        entries = read_manifest(folder)["files"]
-        names = {*weights.stored.form.files, DCP_METADATA}
-        of_weights = sorted(name for name in entries if name in names or name.endswith(".distcp"))
-        if damage := find_damage(folder, entries, deal(of_weights)):
-            raise FormatError("; ".join(damage))
+    check_files(weights.stored)
     check_model(weights.stored)
 
 
@@ -151,8 +143,9 @@ def plan_export_of(
         fields = (tokenizer.special_ids if tokenizer else {}) | fields
     if fields.get("vocab_size") != weights.config.vocab_size:
         fields = {**fields, "vocab_size": weights.config.vocab_size}
-    like = stored.form if stored is not None and stored.form.kind == kind and kind != "dcp" else None
-    wish = Wish(kind, meta_names=kind == "dcp" and stored is not None and stored.form.is_meta)
+    form = stored.form if stored is not None and stored.form.kind == kind else None
+    like = form if kind != "dcp" else None  # whose chunks follow the processes that wrote them
+    wish = Wish(kind, meta_names=form.is_meta, prefix=form.prefix) if form is not None and kind == "dcp" else Wish(kind)
     return plan_checkpoint(wish, like, leaving, fields, stored.folder if stored else None, tokenizer, chat_template, stop_ids)
 
 

@@ -5,25 +5,23 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tunelib.errors import FormatError
+from tunelib.formats.form import Entry, Form
 from tunelib.formats.found import BIN, SAFETENSORS
-from tunelib.formats.source import Entry, Form
-from tunelib.formats.tensors import TensorInfo, bounds_of, shape_of
+from tunelib.formats.meta import plan_meta, to_meta, with_head
+from tunelib.formats.tensors import Bounds, TensorInfo, bounds_of, overlap, shape_of
 from tunelib.model.config import ModelConfig
 from tunelib.model.families import family_of
 
 KINDS = ("hf", "meta", "dcp", "torch", "gguf")
 MAX_SHARD_BYTES = 5 * 10**9
 TORCH_FILE, GGUF_FILE = "model.pt", "model.gguf"
-Companions = dict[str, Path | str | bytes]
-"""Further files: name → what is copied, or the content of a text."""
-Bounds = tuple[tuple[int, int], ...]
-"""First and last-but-one index of a part, for every dimension."""
+Companions = dict[str, bytes | str]
+"""Further files: name → content, read when the plan is made: at the end of a long run the source may be gone."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,17 @@ class Wish:
     """How a model is to be laid out where nothing says so yet.
 
     Attributes:
-        max_shard_bytes: of one file; 0 for one file (kinds "torch" and "meta" have no other choice).
+        max_shard_bytes: of one file (kinds "torch" and "meta" have no other choice).
         model_parallel: files that Meta's form divides every tensor over.
         meta_names: write a DCP folder with Meta's names and rotary pairs, as torchtitan does.
+        prefix: what stands before every name in a DCP folder.
     """
 
     kind: str
     max_shard_bytes: int = MAX_SHARD_BYTES
     model_parallel: int = 1
     meta_names: bool = False
+    prefix: str = ""
 
 
 def plan_form(wish: Wish, weights: Mapping[str, TensorInfo], config: ModelConfig) -> Form:
@@ -77,20 +77,18 @@ def plan_form(wish: Wish, weights: Mapping[str, TensorInfo], config: ModelConfig
     Raises:
         FormatError: a form that these weights do not fit, such as model-parallel files that do not divide them.
     """
-    family = family_of(config)
     if wish.kind == "meta":
-        return _plan_meta(wish, weights, config)
+        return plan_meta(weights, config, wish.model_parallel)
     whole = [Entry(info, name) for name, info in weights.items()]
     if wish.kind == "torch":
         return Form("torch", {TORCH_FILE: whole})
     if wish.kind == "dcp":
         if wish.meta_names:
-            with_head = dict(weights)
-            if family.HEAD not in weights:  # torchtitan always has one
-                with_head[family.HEAD] = replace(weights[family.EMBEDDING], name=family.HEAD)
-            whole = [_to_meta(Entry(info, name), config) for name, info in with_head.items()]
+            whole = [to_meta(Entry(info, name), config) for name, info in with_head(weights, config).items()]
+        whole = [replace(entry, info=replace(entry.info, name=wish.prefix + entry.info.name)) for entry in whole]
         groups = _group(whole, wish.max_shard_bytes)
-        return Form("dcp", {f"__0_{number}.distcp": group for number, group in enumerate(groups)}, is_meta=wish.meta_names)
+        named = {f"__0_{number}.distcp": group for number, group in enumerate(groups)}
+        return Form("dcp", named, is_meta=wish.meta_names, prefix=wish.prefix)
     assert wish.kind == "hf", wish.kind
     groups = _group(whole, wish.max_shard_bytes)
     if len(groups) == 1:
@@ -144,7 +142,7 @@ def check_form(form: Form, weights: Mapping[str, TensorInfo], config: ModelConfi
         covered = sum(math.prod(last - first for first, last in part) for part in held)
         if covered != math.prod(info.shape):
             raise FormatError(f"{target}: {name} would be written with {covered} of its {math.prod(info.shape)} elements")
-        if any(_overlap(one, other) for one, other in itertools.combinations(held, 2)):
+        if any(overlap(one, other) for one, other in itertools.combinations(held, 2)):
             raise FormatError(f"{target}: {name} would be written in parts that overlap, so that others are missing")
 
 
@@ -177,10 +175,6 @@ def index_name(form: Form) -> str:
     return f"{BIN if any(file.endswith('.bin') for file in form.files) else SAFETENSORS}.index.json"
 
 
-def _overlap(one: Bounds, other: Bounds) -> bool:
-    return all(max(first[0], second[0]) < min(first[1], second[1]) for first, second in zip(one, other, strict=True))
-
-
 def _scale(part: slice, dim: int, form: Form, entry: Entry, shape: tuple[int, ...]) -> slice:
     """A part of a dimension that may have another size now; all files' parts together were the old size."""
     old = max(other.where[dim].stop for entries in form.files.values() for other in entries if other.source == entry.source and other.where)
@@ -190,53 +184,14 @@ def _scale(part: slice, dim: int, form: Form, entry: Entry, shape: tuple[int, ..
     return slice(part.start * new // old, part.stop * new // old)
 
 
-def _to_meta(entry: Entry, config: ModelConfig) -> Entry:
-    """The same weight with Meta's name, its rotary rows in pairs."""
-    family = family_of(config)
-    name = family.to_meta_name(entry.source)
-    if name is None:
-        raise FormatError(f"{entry.source} has no name in Meta's form")
-    return replace(entry, info=replace(entry.info, name=name), head_dim=family.rotary_head_dim(entry.source, config))
-
-
 def _group(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
     """In order, as many to a group as fit."""
     groups: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
-        if groups[-1] and max_bytes and size + entry.info.nbytes > max_bytes:
+        if groups[-1] and size + entry.info.nbytes > max_bytes:
             groups.append([])
             size = 0
         groups[-1].append(entry)
         size += entry.info.nbytes
     return groups
-
-
-def _plan_meta(wish: Wish, weights: Mapping[str, TensorInfo], config: ModelConfig) -> Form:
-    """Meta's files: one, or several that divide every tensor but the norms.
-
-    Llama 3 divides its embedding by rows, Llama 2 by columns (the two are told apart by the rotary base); a tied one is divided as
-    the head is, by rows.
-    """
-    family, count = family_of(config), wish.model_parallel
-    all_weights = dict(weights)
-    if family.HEAD not in weights:  # Meta's files always have one
-        all_weights[family.HEAD] = replace(weights[family.EMBEDDING], name=family.HEAD)
-    files: dict[str, list[Entry]] = {f"consolidated.{number:02d}.pth": [] for number in range(count)}
-    for name, info in all_weights.items():
-        entry = _to_meta(Entry(info, name), config)
-        dim = family.meta_split_dim(entry.info.name)
-        if name == family.EMBEDDING:
-            dim = 1 if config.rope_theta == 10000.0 and not config.tie_word_embeddings else 0
-        unit = entry.head_dim or (config.head_dim if "v_proj" in name or "o_proj" in name else 1)
-        if dim is not None and info.shape[dim] % (count * unit):
-            what = f"{info.shape[dim] // unit} heads" if unit > 1 else f"size {info.shape[dim]}"
-            raise FormatError(f"--model_parallel {count}: {entry.info.name} has {what} along dimension {dim}, which do not divide by {count}")
-        for number, entries in enumerate(files.values()):
-            if dim is None or count == 1:
-                entries.append(entry)
-                continue
-            size = info.shape[dim] // count
-            where = tuple(slice(number * size, (number + 1) * size) if axis == dim else slice(0, length) for axis, length in enumerate(info.shape))
-            entries.append(replace(entry, info=replace(entry.info, shape=shape_of(where, info.shape)), where=where))
-    return Form("meta", files, is_meta=True)

@@ -5,8 +5,10 @@ model-parallel file, or for each chunk of a DCP folder), and reading a part of i
 """
 
 import io
+import itertools
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,9 +20,12 @@ from tunelib.errors import FormatError
 
 Where = tuple[slice, ...]
 """A part of a tensor: a slice with plain bounds for each leading dimension; () is the whole."""
+Bounds = tuple[tuple[int, int], ...]
+"""First index and the one after the last, by dimension."""
 MIN_COLUMN_BYTES = 1 << 12
 """Columns narrower than this are cut from whole rows: reading so little saves nothing."""
 CHUNK_BYTES = 1 << 26
+BLOCK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,26 @@ class StoredTensor:
         return torch.empty(shape, dtype=self.info.dtype) if whole is None else whole
 
 
+def find_gaps(tensor: StoredTensor) -> list[str]:
+    """What keeps pieces from making up their tensor: another type, a gap, an overlap; a few words each."""
+    pieces, shape = tensor.pieces, tensor.info.shape
+    if other := next((piece for piece in pieces if piece.stored.dtype != tensor.info.dtype), None):
+        return [f"is {name_of(tensor.info.dtype)} in one place and {name_of(other.stored.dtype)} in another"]
+    volume = sum(math.prod(piece.stored.shape) for piece in pieces)
+    if volume != math.prod(shape):
+        return [f"is stored in pieces of {volume} elements in all instead of {math.prod(shape)}"]
+    filled = [piece for piece in pieces if math.prod(piece.stored.shape)]
+    boxes = sorted(tuple((first, first + size) for first, size in zip(piece.begin, piece.stored.shape, strict=True)) for piece in filled)
+    if len(boxes) < 2 or all(one[0][1] == other[0][0] for one, other in itertools.pairwise(boxes)):  # rows, one after the other, as FSDP saves them
+        return []
+    return ["is stored in pieces that overlap"] if any(overlap(*pair) for pair in itertools.combinations(boxes, 2)) else []
+
+
+def overlap(one: Bounds, other: Bounds) -> bool:
+    """Whether two parts of a tensor share an element."""
+    return all(max(first[0], second[0]) < min(first[1], second[1]) for first, second in zip(one, other, strict=True))
+
+
 def bounds_of(where: Where, shape: tuple[int, ...]) -> list[tuple[int, int]]:
     """First and last-but-one index of a part, for every dimension."""
     padded = (*where, *(slice(None) for _ in shape[len(where) :]))
@@ -180,6 +205,33 @@ def to_halves(rows: Tensor, head_dim: int) -> Tensor:
 def to_pairs(rows: Tensor, head_dim: int) -> Tensor:
     """Rows of q or k, (heads · head_dim, …), from Hugging Face's order to Meta's: the inverse of `to_halves`."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def blocks_of(shape: tuple[int, ...]) -> Iterator[Where]:
+    """A tensor in blocks of whole rows."""
+    if not shape:
+        yield ()
+        return
+    row = max(1, torch.Size(shape[1:]).numel())
+    step = max(1, BLOCK_ELEMENTS // row)
+    for first in range(0, shape[0], step):
+        yield (slice(first, min(first + step, shape[0])), *(slice(0, size) for size in shape[1:]))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one type are equal bit for bit, but for the kind of NaN."""
+    return not different_bits(one, other).any()
+
+
+def different_bits(one: Tensor, other: Tensor) -> Tensor:
+    """Where two tensors of one type and shape are not equal bit for bit; NaNs of two kinds are."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
+    return (one.contiguous().view(whole) != other.contiguous().view(whole)) & ~(one.isnan() & other.isnan())
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a type as configs write it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

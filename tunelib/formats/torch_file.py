@@ -81,23 +81,32 @@ def read_layout(file: IO[bytes], path: Path) -> Any:
     for tensor in _list_tensors(content):
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise FormatError(f"{path} holds a sparse or quantized tensor; only plain ones are read")
-        if tensor.untyped_storage()._checkpoint_offset not in places:  # torch works places out from what it knows of its own files
+        storage = tensor.untyped_storage()
+        if storage.nbytes() > places.get(storage._checkpoint_offset or 0, -1):  # torch works places out from what it knows of its own files
             raise FormatError(f"{path} is not laid out as torch.save does: load it with torch.load and save it again")
     return content
 
 
-def _find_records(file: IO[bytes]) -> set[int]:
-    """Where the bytes of each record of an archive begin; raises ValueError for an archive that was not stored plainly."""
-    places = set()
+def _find_records(file: IO[bytes]) -> dict[int, int]:
+    """Where the bytes of each record of an archive begin, and how many they are.
+
+    What says which tensors there are is held against its checksum, which torch does not look at.
+
+    Raises:
+        ValueError: the archive was not stored plainly; BadZipFile: it is damaged.
+    """
+    places = {}
     with zipfile.ZipFile(file) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{record.filename} is compressed")
-            if record.filename.endswith("/byteorder") and archive.read(record) != b"little":
+            is_data = record.filename.split("/")[1:2] == ["data"]
+            content = b"" if is_data else archive.read(record)
+            if record.filename.endswith("/byteorder") and content != b"little":
                 raise ValueError("its numbers are not little-endian")
             file.seek(record.header_offset + LOCAL_HEADER_BYTES - 4)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
-            places.add(record.header_offset + LOCAL_HEADER_BYTES + name_length + extra_length)
+            places[record.header_offset + LOCAL_HEADER_BYTES + name_length + extra_length] = record.file_size
     return places
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -11,12 +10,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tunelib import files
+from tunelib.errors import FormatError
 from tunelib.formats.dcp import DcpWriter, dcp_metadata
+from tunelib.formats.form import Entry
 from tunelib.formats.found import DCP_METADATA
 from tunelib.formats.plan import Plan
 from tunelib.formats.safetensors_file import SafetensorsWriter
-from tunelib.formats.source import Entry
-from tunelib.formats.tensors import Where, to_pairs
+from tunelib.formats.tensors import Where, name_of, to_pairs
 from tunelib.formats.torch_file import TorchWriter
 from tunelib.parallel.reduce import agreed
 
@@ -39,6 +39,7 @@ def write_checkpoint(
     wrote: Callable[[int], None] = lambda _: None,
     check: Callable[[Path], dict[str, object]] | None = None,
     single_file: str = "",
+    replace: bool = True,
 ) -> dict[str, object]:
     """Write a folder. Collective: all ranks read, rank 0 writes; one tensor is held at a time.
 
@@ -46,6 +47,7 @@ def write_checkpoint(
         read: gives a weight in Hugging Face's layout, or its part; called on every rank in the same order.
         wrote: called with the number of bytes after each tensor.
         single_file: the name of the only file to keep, where the target is a file.
+        replace: whether an older folder that an export wrote may be exchanged; else the name must be free, or that of an empty folder.
         check: looks at the finished folder before it gets its name; called on every rank. What it raises leaves no folder.
 
     Returns:
@@ -89,11 +91,22 @@ def write_checkpoint(
         found = check(staging) if check is not None else {}
         with agreed(failed):
             if is_main:
-                files.commit(staging, target, described, KIND, single_file)
+                commit(staging, target, described, single_file, replace)
     finally:
-        if is_main:
-            files.remove_folder(staging)
+        with contextlib.suppress(OSError):  # what was raised says more
+            if is_main:
+                files.remove_folder(staging)
     return found
+
+
+def commit(staging: Path, target: Path, described: dict[str, dict[str, int]], single_file: str, replace: bool) -> None:
+    """Make what was staged final: a folder, or the only file of it that is wanted. Raises OSError where it may not replace what is there."""
+    if single_file:
+        files.commit_file(staging / single_file, target)
+        return
+    if not replace and target.exists():
+        target.rmdir()  # if it is empty
+    files.commit_folder(staging, target, described, kind=KIND)
 
 
 def read_live(tensors: dict[str, Tensor], tied_to: str) -> Callable[[str, Where], Tensor]:
@@ -111,8 +124,10 @@ def read_live(tensors: dict[str, Tensor], tied_to: str) -> Callable[[str, Where]
 
 
 def _as_stored(tensor: Tensor, entry: Entry) -> Tensor:
-    tensor = tensor.to(entry.info.dtype)
-    return to_pairs(tensor, entry.head_dim) if entry.head_dim else tensor
+    stored = tensor.to(entry.info.dtype)
+    if entry.info.dtype != tensor.dtype and not stored.isfinite().all() and tensor.isfinite().all():
+        raise FormatError(f"{entry.source} holds {tensor.abs().max().item():.4g}, which {name_of(entry.info.dtype)} cannot: choose another type")
+    return to_pairs(stored, entry.head_dim) if entry.head_dim else stored
 
 
 def _open_writer(file: files.ChecksummedFile, name: str, entries: list[Entry]) -> TensorWriter:
@@ -123,11 +138,8 @@ def _open_writer(file: files.ChecksummedFile, name: str, entries: list[Entry]) -
 
 
 def _write_companions(plan: Plan, staging: Path) -> None:
-    for name, source in plan.companions.items():
-        if isinstance(source, Path):
-            shutil.copyfile(source, staging / name)
-        else:
-            files.write_file(staging / name, source)
+    for name, content in plan.companions.items():
+        files.write_file(staging / name, content)
 
 
 def to_json(content: object) -> str:

@@ -53,7 +53,7 @@ def export(
 ) -> dict[str, torch.Tensor]:
     """Export a drawn model as the run would that started from ``source``; returns its parameters."""
     model = tiny_model(torch.float32, **changes)
-    weights = Weights(model.config, "", model.config.vocab_size, open_checkpoint(source) if source else None)
+    weights = Weights(model.config, "", open_checkpoint(source) if source else None)
     plan = plan_export_of(model, weights, Tokenizer(tokenizer_folder) if tokenizer_folder else None, chat_template, stop_ids, dtype)
     write(plan, model, target)
     return model_tensors(model)
@@ -78,7 +78,7 @@ def test_export_of_untouched_weights_is_the_folder_that_came_in(tmp_path: Path, 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.read(name))
-    write(plan_export_of(model, Weights(model.config, "", 48, source), None, None, frozenset(), None), model, tmp_path / "out")
+    write(plan_export_of(model, Weights(model.config, "", source), None, None, frozenset(), None), model, tmp_path / "out")
     files = sorted(path.name for path in (tmp_path / "in").glob("*.safetensors"))
     assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == files
     assert (len(files) > 1) == (shard_size == "20KB")
@@ -237,5 +237,5 @@ def test_missing_tokenizer_model_is_a_note(tmp_path: Path) -> None:
     (tmp_path / "original").mkdir()
     (tmp_path / "original/tokenizer.model").write_bytes(b"x")
     plan = plan_meta(tmp_path)
-    assert plan.companions["tokenizer.model"] == tmp_path / "original/tokenizer.model"
+    assert plan.companions["tokenizer.model"] == b"x"
     assert not any("no tokenizer.model" in note for note in plan.notes)

@@ -119,7 +119,7 @@ def test_what_is_no_checkpoint_says_what_to_name_instead(tmp_path: Path, files: 
 @pytest.mark.parametrize("several", [False, True])
 def test_every_kind_of_hf_folder_holds_the_model(tmp_path: Path, tensors: State, write: Any, several: bool) -> None:
     folder, single = write_folder(tmp_path, {}), SAFETENSORS if write is save_file else BIN
-    groups = split(tensors) if several else {single: tensors}
+    groups = {file.replace(".safetensors", Path(single).suffix): held for file, held in split(tensors).items()} if several else {single: tensors}
     for file, held in groups.items():
         write(held, folder / file)
     if several:
@@ -142,6 +142,22 @@ def test_index_decides_which_files_and_tensors_count(tmp_path: Path, tensors: St
     name = next(iter(groups[second]))
     save_file(groups[first] | {name: tensors[name] + 100}, folder / first)  # a second copy where the index does not look
     check_holds(open_checkpoint(folder), tensors)
+
+
+def test_tensor_that_the_index_does_not_list_is_not_passed_over(tmp_path: Path, tensors: State) -> None:
+    groups = split(tensors)
+    first = next(iter(groups))
+    folder = write_folder(tmp_path, groups)
+    save_file(groups[first] | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, folder / first)
+    with pytest.raises(FormatError, match=r"q_norm\.weight is not part of the model"):
+        check_model(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model-00001-of-00002.st", "weights.bin"])
+def test_index_names_files_of_its_own_kind_only(tmp_path: Path, tensors: State, name: str) -> None:
+    folder = write_folder(tmp_path, {"a.safetensors": tensors}, index={"weight_map": dict.fromkeys(tensors, name)})
+    with pytest.raises(FormatError, match=r"is not such a file as the index is for"):
+        open_checkpoint(folder)
 
 
 def test_safetensors_are_taken_before_bin(tmp_path: Path, tensors: State) -> None:

@@ -10,9 +10,10 @@ from foreign import hf_to_meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tunelib.formats.tensors as module
 import tunelib.formats.tensors as tensors
 from tunelib.errors import FormatError
-from tunelib.formats.tensors import Piece, Region, StoredTensor, TensorInfo, bounds_of, bytes_of, shape_of, to_halves, to_pairs
+from tunelib.formats.tensors import Piece, Region, StoredTensor, TensorInfo, blocks_of, bounds_of, bytes_of, same_bits, shape_of, to_halves, to_pairs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 START = 24  # bytes before the tensor in its file
@@ -169,3 +170,25 @@ def test_parts_have_plain_bounds() -> None:
     assert bounds_of((slice(None), slice(2)), (5, 6, 7)) == [(0, 5), (0, 2), (0, 7)]
     assert shape_of((slice(1, 3),), (5, 6)) == (2, 6)
     assert shape_of((), ()) == ()
+
+
+# Blocks and bits
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (5, 3), (0, 3), (3, 0), (2, 3, 4)])
+@pytest.mark.parametrize("most", [1, 6, 1 << 24])
+def test_blocks_cover_a_tensor_once_and_are_no_larger_than_asked(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], most: int) -> None:
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", most)
+    seen = torch.zeros(shape)
+    for part in blocks_of(shape):
+        assert seen[part].numel() <= max(most, torch.Size(shape[1:]).numel())
+        seen[part] += 1
+    assert torch.equal(seen, torch.ones(shape))
+
+
+def test_bits_are_the_same_but_for_nans() -> None:
+    nan = float("nan")
+    assert same_bits(torch.tensor([1.0, nan, 0.0]), torch.tensor([1.0, nan, 0.0]))
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same_bits(torch.tensor([1.0, nan]), torch.tensor([nan, nan]))
+    assert not same_bits(torch.tensor([1.0]), torch.tensor([1.0 + 2**-23]))

@@ -41,7 +41,7 @@ META_LAYER = {
     "post_attention_layernorm": "ffn_norm",
 }
 META_REST = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
-# The dimension along which Meta's model-parallel files divide a part; norms are in every file, and the embedding is divided either way.
+# The dimension along which Meta's model-parallel files divide a part; norms are in every file.
 META_SPLIT = dict.fromkeys(("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3", "output"), 0) | {
     "attention.wo": 1,
     "feed_forward.w2": 1,
@@ -74,9 +74,18 @@ def rotary_head_dim(name: str, config: ModelConfig) -> int:
     return config.head_dim if any(f".{part}." in name for part in ROTARY) else 0
 
 
-def meta_split_dim(meta_name: str) -> int | None:
-    """The dimension along which Meta's files divide a weight; None for one that each of them holds whole, or the embedding."""
-    return next((dim for part, dim in META_SPLIT.items() if f".{meta_name}".endswith(f".{part}.weight")), None)
+def meta_split(name: str, config: ModelConfig) -> tuple[int | None, int]:
+    """The dimension along which Meta's model-parallel files divide a Hugging Face weight, None for one that each holds whole, and the
+    number of rows or columns there that must stay together.
+
+    Llama 3 divides its embedding by rows, Llama 2 by columns (the two are told apart by the rotary base); a tied one is divided as
+    the head is, by rows.
+    """
+    if name == EMBEDDING:
+        return (1 if config.rope_theta == 10000.0 and not config.tie_word_embeddings else 0), 1
+    meta_name = to_meta_name(name)
+    dim = next((dim for part, dim in META_SPLIT.items() if f".{meta_name}".endswith(f".{part}.weight")), None)
+    return dim, config.head_dim if ".self_attn." in name else 1
 
 
 def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
