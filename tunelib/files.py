@@ -23,7 +23,7 @@ from tunelib.errors import CheckpointError, ConfigError, TunelibError
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 # Endings of what is being built, removed, or exchanged; what carries them is ours to clear away, so nobody else's may.
-STAGING, REMOVED, OLD = ".tunelib-staging", ".tunelib-removed", ".tunelib-old"
+STAGING, REMOVED, OLD, LOCK = ".tunelib-staging", ".tunelib-removed", ".tunelib-old", ".tunelib-lock"
 CHUNK_BYTES = 1 << 22
 SEND_BYTES = 1 << 25
 CHECKING_THREADS = 2
@@ -308,7 +308,7 @@ def hold_name(final: Path) -> Iterator[None]:
         ConfigError: another process holds it.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    path = final.with_name(f".{final.name}.lock")
+    path = final.with_name(f".{final.name}{LOCK}")
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TOKENIZER, Run, run_processes, write_chats, write_toml
 
+import tunelib.formats.load as load
 import tunelib.formats.write as write
 from tunelib.config import load_config
 from tunelib.errors import ConfigError, SaveError
@@ -118,6 +119,14 @@ def test_export_that_is_not_what_was_trained_is_an_error_and_leaves_nothing(
     with pytest.raises(SaveError, match=r"read back, and model\.layers\.1\.mlp\.up_proj\.weight is not what was trained"):
         train(toml, *words_for(forms["hf"], forms), "--checkpoint.export_format", kind, folder=tmp_path / "out")
     assert not list((tmp_path / "out").glob("*export*"))
+
+
+def test_config_that_is_not_the_models_is_found(tmp_path: Path, train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    chats = write_chats(tmp_path / "chats.jsonl", 20)
+    whole = load.hf_config
+    monkeypatch.setattr(load, "hf_config", lambda config: whole(config) | {"rope_theta": 123.0})
+    with pytest.raises(SaveError, match=r"its config differs from the model's: rope_theta is 123\.0 and 10000\.0"):
+        train(write_toml(tmp_path / "run.toml", chats), "--training.steps", "1")
 
 
 def test_unpermuted_rotary_rows_of_an_export_are_found(
