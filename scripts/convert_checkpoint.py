@@ -23,9 +23,9 @@ from tunelib.formats.convert import convert, plan_conversion
 class Words:
     """Convert a checkpoint (a Hugging Face, Meta or DCP folder, or a file of torch.save) to another form."""
 
-    source: Annotated[Path, tyro.conf.arg(name="IN"), tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.arg(metavar="IN"), tyro.conf.Positional]
     """What to convert; its form is seen from its files."""
-    target: Annotated[Path, tyro.conf.arg(name="OUT"), tyro.conf.Positional]
+    target: Annotated[Path, tyro.conf.arg(metavar="OUT"), tyro.conf.Positional]
     """A folder that is empty or not there yet; for torch also a .pt file, for gguf a .gguf file."""
     to: Literal["hf", "meta", "dcp", "torch", "gguf"]
     """The form to write."""
@@ -47,7 +47,7 @@ def run(source: Path, target: Path, to: str, **wishes: object) -> int:
         conversion = plan_conversion(source, target, to, **wishes)  # type: ignore[arg-type]  # tyro has checked them
         for note in conversion.notes:
             print(f"note: {note}", file=sys.stderr)
-        with tqdm(total=conversion.num_bytes, unit="B", unit_scale=True, desc=to) as bar:
+        with tqdm(total=conversion.num_bytes, unit="B", unit_scale=True, desc=to, disable=None) as bar:
             convert(conversion, bar.update)
     except TunelibError as error:
         print(f"error: {error}", file=sys.stderr)

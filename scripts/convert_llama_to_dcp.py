@@ -13,9 +13,9 @@ from convert_checkpoint import run
 class Words:
     """Make Meta's consolidated.*.pth and params.json into a DCP folder that training starts from."""
 
-    source: Annotated[Path, tyro.conf.arg(name="IN"), tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.arg(metavar="IN"), tyro.conf.Positional]
     """The Meta folder."""
-    target: Annotated[Path, tyro.conf.arg(name="OUT"), tyro.conf.Positional]
+    target: Annotated[Path, tyro.conf.arg(metavar="OUT"), tyro.conf.Positional]
     """A folder that is empty or not there yet."""
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TOKENIZER
 from foreign import hf_to_meta, make_hf, make_meta, make_single, make_torchtitan_dcp
 from safetensors.torch import save_file
 
 from tunelib.checkpoint.dcp_reader import SafeReader
 from tunelib.errors import ConfigError, FormatError, SaveError
-from tunelib.formats.compare import find_faults
+from tunelib.formats.compare import find_difference, find_faults
 from tunelib.formats.convert import convert, plan_conversion
 from tunelib.formats.source import open_checkpoint
 from tunelib.formats.torch_file import read_torch_file
@@ -153,3 +154,34 @@ def test_every_flipped_bit_that_says_where_tensors_lie_is_found(tmp_path: Path, 
             path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
             with pytest.raises(FormatError):
                 read_torch_file(path)
+
+
+def test_likeness_needs_no_weights(tmp_path: Path) -> None:
+    state = make_hf(tmp_path / "hf", tokenizer=TOKENIZER)
+    make_single(tmp_path / "model.pt", state)
+    shutil.copytree(tmp_path / "hf", tmp_path / "words")
+    (tmp_path / "words/model.safetensors").unlink()
+    convert(plan_conversion(tmp_path / "model.pt", tmp_path / "out", "hf", like_path=tmp_path / "words"))
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (TOKENIZER / "tokenizer.json").read_bytes()
+    assert find_difference(open_checkpoint(tmp_path / "hf"), open_checkpoint(tmp_path / "out")) == ""
+
+
+def test_nothing_is_written_into_what_is_read(tmp_path: Path) -> None:
+    make_hf(tmp_path / "hf")
+    with pytest.raises(FormatError, match=r"lies in .*hf, which is only read"):
+        plan_conversion(tmp_path / "hf", tmp_path / "hf/out", "dcp")
+
+
+@pytest.mark.parametrize("kind", ["torch", "dcp", "hf"])
+def test_flipped_bytes_of_a_file_with_checksums_of_its_own_are_found_without_a_manifest(tmp_path: Path, kind: str) -> None:
+    state = make_hf(tmp_path / "hf", as_bin=kind == "hf")
+    if kind != "hf":
+        convert(plan_conversion(tmp_path / "hf", tmp_path / "out", kind))
+        (tmp_path / "out/manifest.json").unlink()
+    folder = tmp_path / ("hf" if kind == "hf" else "out")
+    assert find_faults(open_checkpoint(folder)) == []
+    path = next(path for path in folder.iterdir() if path.suffix in (".pt", ".bin", ".distcp"))
+    content = bytearray(path.read_bytes())
+    content[content.index(state["model.layers.1.mlp.up_proj.weight"].numpy().tobytes()) + 99] ^= 1
+    path.write_bytes(content)
+    assert any("the checksum of its record" in fault for fault in find_faults(open_checkpoint(folder)))

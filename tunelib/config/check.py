@@ -12,7 +12,7 @@ from pathlib import Path
 from tunelib.config.effect import has_no_config
 from tunelib.config.fields import FIELDS, find_nearest, show_value
 from tunelib.config.renamed import UNBUILT_DEGREES
-from tunelib.config.resolve import resolve_data_ranks
+from tunelib.config.resolve import resolve_data_ranks, resolve_dump_folder
 from tunelib.config.schema import Config
 from tunelib.config.settings import Setting
 from tunelib.config.sizes import ARCHITECTURES, SIZES
@@ -242,6 +242,14 @@ def find_weights_fault(checked: Checked) -> Iterator[str]:
         yield from find_long_rows(checked, longest, str(path))
 
 
+def find_export_fault(checked: Checked) -> Iterator[str]:
+    """A run that would replace the export that it starts from."""
+    path = checked.config.checkpoint.initial_load_path
+    if path and os.path.realpath(path) == os.path.realpath(resolve_dump_folder(checked.config) / "export"):
+        place = checked.at("checkpoint.initial_load_path")
+        yield f"{place}: is the export that this run would replace at its end; give job.dump_folder another folder"
+
+
 def find_long_rows(checked: Checked, longest: object, source: str) -> Iterator[str]:
     if checked.config.training.seq_len > longest:  # type: ignore[operator]  # both are int
         yield f"{checked.at('training.seq_len')}: the model takes at most {longest} tokens ({source}); set training.seq_len = {longest} or less"
@@ -261,5 +269,6 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("model.", "checkpoint.initial_load_path", "checkpoint.create_seed_checkpoint"), find_tokenizer_fault),
     (("model.", "checkpoint.initial_load_path", "training.seq_len"), find_context_fault),
     (("checkpoint.initial_load_path", "training.seq_len"), find_weights_fault),
+    (("checkpoint.initial_load_path", "job.dump_folder"), find_export_fault),
 )
 """The keys that a relation reads (a section ends in a dot), and the relation."""

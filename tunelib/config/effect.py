@@ -206,7 +206,8 @@ def explain_idle(idle: Setting, need: Need, settings: dict[str, Setting]) -> str
 
 def explain_pair(one: Setting, other: Setting) -> str:
     place = one.origin if one.origin.file else one.written
-    return f"{other}: excludes {one.key} = {show_value(one.value)} ({place}); keep one of the two"
+    is_lost = one.key == "checkpoint.initial_load_path" and not os.path.exists(str(one.value))
+    return f"{other}: excludes {one.key} = {show_value(one.value)} ({place}){', where nothing lies' if is_lost else ''}; keep one of the two"
 
 
 def advise(need: Need, idle: Setting) -> str:

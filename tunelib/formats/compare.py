@@ -1,11 +1,16 @@
 """Is a checkpoint whole, and do two of them hold the same weights, whatever their forms?"""
 
-from collections.abc import Callable
+import io
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 from tunelib import files
 from tunelib.errors import CheckpointError, FormatError
+from tunelib.formats.dcp import Chunk, Window
+from tunelib.formats.found import TORCH_SUFFIXES
 from tunelib.formats.source import StoredModel, check_model, expected_shapes
 from tunelib.formats.tensors import blocks_of, different_bits, name_of
 from tunelib.model.config import ModelConfig
@@ -28,6 +33,7 @@ def find_faults(stored: StoredModel, looked_at: Callable[[int], None] = lambda _
         check_model(stored)
     except (CheckpointError, FormatError) as error:
         faults.append(str(error))
+    faults += [f"{path} is damaged: the checksum of its record {record} is not that of its bytes" for path, record in find_bad_records(stored)]
     for name, tensor in stored.tensors.items():
         try:
             num_bad = sum(int((~torch.isfinite(tensor.read(part))).sum()) for part in blocks_of(tensor.info.shape))
@@ -38,6 +44,27 @@ def find_faults(stored: StoredModel, looked_at: Callable[[int], None] = lambda _
             faults.append(f"{stored.path}: {name}: {num_bad} of {torch.Size(tensor.info.shape).numel()} numbers are not finite")
         looked_at(tensor.info.nbytes)
     return faults
+
+
+def find_bad_records(stored: StoredModel) -> Iterator[tuple[Path, str]]:
+    """Files of ``torch.save``, and chunks inside ``.distcp`` files, whose own checksums do not hold: the file, and the record.
+
+    Where there is a manifest it has been looked at; safetensors files have no checksums of their own.
+    """
+    if files.has_manifest(stored.folder):
+        return
+    places = [(stored.folder / name, 0, 0) for name in stored.form.files if Path(name).suffix in TORCH_SUFFIXES]
+    chunks = [piece.stored for tensor in stored.tensors.values() for piece in tensor.pieces]
+    places += [(chunk.path, chunk.start, chunk.length) for chunk in chunks if isinstance(chunk, Chunk)]
+    for path, start, length in places:
+        with open(path, "rb", buffering=0) as file:
+            inner = io.BufferedReader(Window(file, start, length or path.stat().st_size))
+            try:
+                record = zipfile.ZipFile(inner).testzip()
+            except (OSError, zipfile.BadZipFile):
+                record = "(its directory)"
+        if record is not None:
+            yield path, record
 
 
 def find_difference(one: StoredModel, other: StoredModel, looked_at: Callable[[int], None] = lambda _: None) -> str:

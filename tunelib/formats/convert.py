@@ -4,18 +4,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tunelib import files
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError, FormatError, SaveError
 from tunelib.formats.compare import NOT_COMPUTED, different_fields
 from tunelib.formats.export import ORIGINAL, TOKENIZER_MODEL, plan_checkpoint
-from tunelib.formats.found import TORCH_SUFFIXES
+from tunelib.formats.form import Form
+from tunelib.formats.found import CONFIG_FILE, TORCH_SUFFIXES, find_kind
 from tunelib.formats.gguf import GGUF_TYPES, GgufPlan, plan_gguf, write_gguf
 from tunelib.formats.plan import GGUF_FILE, KINDS, MAX_SHARD_BYTES, Plan, Wish, parse_size
-from tunelib.formats.source import StoredModel, check_files, check_model, open_checkpoint
+from tunelib.formats.source import StoredModel, check_files, check_model, open_checkpoint, read_fields
 from tunelib.formats.tensors import name_of
 from tunelib.formats.write import commit, write_checkpoint
+from tunelib.model.families import parse_config
 from tunelib.parallel.runtime import DTYPES
 
 SUFFIXES = {"torch": TORCH_SUFFIXES, "gguf": (".gguf",)}
@@ -75,13 +78,15 @@ def plan_conversion(
     _check_wishes(kind, dtype, max_shard_size, model_parallel, names)
     target = target.resolve() if target.is_symlink() else target  # what is exchanged is a folder, not the link to it
     check_target(target, SUFFIXES.get(kind, ()))
-    like = open_checkpoint(like_path) if like_path is not None else None
+    if source_path.is_dir() and target.resolve().is_relative_to(source_path.resolve()):
+        raise FormatError(f"{target} lies in {source_path}, which is only read; name a folder outside of it")
+    like = _open_like(like_path) if like_path is not None else None
     source = open_checkpoint(source_path, like.fields if like is not None else None)
     if like is not None:
         source = _take_config(source, like)
     check_files(source)
     check_model(source)
-    home = (like or source).folder
+    home = like.folder if like is not None else source.folder
     tokenizer, notes = _find_tokenizer(home)
     notes += _describe_skipped(source)
     if kind == "gguf" and tokenizer is None and notes[0].startswith(UNREADABLE):
@@ -91,9 +96,9 @@ def plan_conversion(
         own_dtype = name_of(next(iter(source.weights.values())).dtype)
         template = tokenizer.chat_template if tokenizer else None
         gguf = plan_gguf(source.config, shapes, tokenizer, template, dtype or own_dtype, home.absolute().name)
-        return Conversion(source, target, None, gguf, GGUF_FILE if target.suffix in SUFFIXES["gguf"] else "", tuple(notes))
+        return Conversion(source, target, None, gguf, GGUF_FILE if target.suffix.lower() in SUFFIXES["gguf"] else "", tuple(notes))
     weights = {name: replace(info, dtype=DTYPES[dtype]) if dtype else info for name, info in source.weights.items()}
-    form = (like or source).form
+    form = like.form if like is not None and like.form is not None else source.form
     is_same_form = form.kind == kind and not max_shard_size and not model_parallel and kind != "dcp"
     is_dcp_like = kind == "dcp" and form.kind == "dcp" and not names
     meta_names, prefix = (form.is_meta, form.prefix) if is_dcp_like else (names == "meta", "")
@@ -103,7 +108,7 @@ def plan_conversion(
         fields = tokenizer.special_ids | fields
     stop_ids = tokenizer.stop_ids if tokenizer else frozenset()
     planned = plan_checkpoint(wish, form if is_same_form else None, weights, fields, home, tokenizer, None, stop_ids)
-    single_file = next(iter(planned.form.files)) if kind == "torch" and target.suffix in TORCH_SUFFIXES else ""
+    single_file = next(iter(planned.form.files)) if kind == "torch" and target.suffix.lower() in TORCH_SUFFIXES else ""
     return Conversion(source, target, planned, None, single_file, (*notes, *planned.notes))
 
 
@@ -154,10 +159,11 @@ def check_target(target: Path, suffixes: tuple[str, ...] = ()) -> None:
         raise FormatError(f"{target} cannot be exchanged as a whole: give the folder that is to be written a name")
     if target.is_dir() and any(target.iterdir()):
         raise FormatError(f"{target} is not empty: nothing is overwritten; name another folder, or remove it first")
-    if target.exists() and (not target.is_dir() or target.suffix in suffixes):
+    if target.exists() and (not target.is_dir() or target.suffix.lower() in suffixes):
         raise FormatError(f"{target} exists: nothing is overwritten; name another, or remove it first")
-    if target.suffix in FILE_SUFFIXES and target.suffix not in suffixes:
-        raise FormatError(f"{target} is named like a file, but this form is a folder; name a folder")
+    if target.suffix.lower() in FILE_SUFFIXES and target.suffix.lower() not in suffixes:
+        others = f", or a file that ends in {' or '.join(suffixes)}" if suffixes else ""
+        raise FormatError(f"{target} is named like a file of another form; name a folder{others}")
 
 
 def _check_wishes(kind: str, dtype: str, max_shard_size: str, model_parallel: int, names: str) -> None:
@@ -179,12 +185,34 @@ def _check_wishes(kind: str, dtype: str, max_shard_size: str, model_parallel: in
         raise FormatError(f"--model_parallel {model_parallel}: a number of files from 1 up")
 
 
-def _take_config(source: StoredModel, like: StoredModel) -> StoredModel:
+@dataclass(frozen=True)
+class _Likeness:
+    """What is taken from another checkpoint; without weights it has no form."""
+
+    folder: Path
+    fields: dict[str, Any]
+    form: Form | None
+
+
+def _open_like(path: Path) -> _Likeness:
+    """Look at what the target is to be like: a checkpoint, or a folder with a config.json alone."""
+    try:
+        find_kind(path)
+    except FormatError:
+        if not (path / CONFIG_FILE).is_file():
+            raise
+        return _Likeness(path, read_fields(path), None)
+    opened = open_checkpoint(path)
+    return _Likeness(opened.folder, opened.fields, opened.form)
+
+
+def _take_config(source: StoredModel, like: _Likeness) -> StoredModel:
     """The source with the config of another checkpoint, which must be one of the same model."""
+    config = parse_config(like.fields, str(like.folder))
     exempt = (*NOT_COMPUTED, "tie_word_embeddings")
-    if fields := different_fields(source.config, like.config, exempt):
-        raise FormatError(f"{source.path} and --like {like.path} are not the same model: {'; '.join(fields)}")
-    return replace(source, config=like.config, fields=like.fields)
+    if fields := different_fields(source.config, config, exempt):
+        raise FormatError(f"{source.path} and --like {like.folder} are not the same model: {'; '.join(fields)}")
+    return replace(source, config=config, fields=like.fields, says=f"the config of --like {like.folder}")
 
 
 def _find_tokenizer(home: Path) -> tuple[Tokenizer | None, list[str]]:

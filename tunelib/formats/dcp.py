@@ -44,7 +44,7 @@ class Chunk:
         """The chunk, or its part at ``where``; raises FormatError."""
         try:
             with open(self.path, "rb", buffering=0) as file:
-                tensor = read_layout(io.BufferedReader(_Window(file, self.start, self.length)), self.path)
+                tensor = read_layout(io.BufferedReader(Window(file, self.start, self.length)), self.path)
         except OSError as error:
             raise FormatError(f"{self.path} cannot be read: {error.strerror}") from None
         if not isinstance(tensor, Tensor) or (tensor.dtype, tuple(tensor.shape)) != (self.dtype, self.shape):
@@ -52,7 +52,7 @@ class Chunk:
         return region_of(tensor, self.path, self.start).read(where)
 
 
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A part of a file as a file of its own."""
 
     def __init__(self, file: io.RawIOBase, start: int, length: int):

@@ -118,6 +118,15 @@ def find_companions(
         stop_ids: ids that end an answer.
     """
     folder = tokenizer_folder or source
+    try:
+        return _read_companions(source, folder, config, chat_template, stop_ids)
+    except OSError as error:
+        raise FormatError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def _read_companions(
+    source: Path | None, folder: Path | None, config: dict[str, Any], chat_template: str | None, stop_ids: frozenset[int]
+) -> Companions:
     found: Companions = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if folder is not None and (folder / name).is_file()}
     if chat_template is not None:
         found[CHAT_TEMPLATE] = chat_template

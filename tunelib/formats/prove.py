@@ -62,8 +62,11 @@ def describe_export(plan: Plan, facts: dict[str, Any]) -> str:
     what = {"hf": "a Hugging Face folder", "meta": "a Meta folder", "dcp": "a DCP folder", "torch": "a folder with a torch file"}[plan.form.kind]
     if not facts:
         return what
-    rounding = facts["largest_rounding"]["value"]
-    return f"{what}, read back and equal to the trained weights" + (f", rounded to {' and '.join(facts['dtypes'])}" if rounding else "")
+    if not facts["largest_rounding"]["value"]:
+        return f"{what}, read back and equal to the trained weights"
+    logits = facts.get("logits")
+    moved = f", which moves logits by up to {logits['largest_difference_from_trained_model']:.2g}" if logits else ""
+    return f"{what}, read back and equal to the trained weights, rounded to {' and '.join(facts['dtypes'])}{moved} ({CHECK_FILE})"
 
 
 def find_probe(tokenizer: Tokenizer | None, config: ModelConfig) -> list[int]:

@@ -38,7 +38,7 @@ def read_safetensors(path: Path) -> dict[str, Region]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except FileNotFoundError:
-        raise FormatError(f"{path} does not exist") from None
+        raise FormatError(f"{path} {'cannot be read' if path.exists() else 'does not exist'}") from None
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} cannot be read as safetensors: {error}") from None
     regions = {}

@@ -41,6 +41,7 @@ class StoredModel:
         fields: the model as a config.json says it.
         tensors: its weights by Hugging Face name; a head that is stored and tied is among them.
         skipped: stored names that are no weights.
+        says: what the config is called in messages.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class StoredModel:
     config: ModelConfig
     tensors: dict[str, StoredTensor]
     skipped: tuple[str, ...] = ()
+    says: str = "its config"
 
     def read(self, name: str, where: Where = ()) -> Tensor:
         """A weight in Hugging Face's layout, or a part of it; a tied head is the embedding."""
@@ -63,7 +65,8 @@ class StoredModel:
     @property
     def sentence(self) -> str:
         """What this is, in a few words."""
-        return f"{NAMES[self.form.kind]} {self.path}"
+        inside = "folder with a " if self.form.kind == "torch" and self.path.is_dir() else ""
+        return f"{inside}{NAMES[self.form.kind]} {self.path}"
 
 
 NAMES = {"hf": "Hugging Face folder", "meta": "Meta folder", "dcp": "DCP folder", "torch": "torch file", "gguf": "GGUF file"}
@@ -144,7 +147,7 @@ def check_model(stored: StoredModel) -> None:
         blocks = deal(list(blocks_of(head.info.shape)))
         is_same = (head.info.dtype, head.info.shape) == (embedding.info.dtype, embedding.info.shape)
         if not (is_same and all(same_bits(head.read(part), embedding.read(part)) for part in blocks)):
-            raise FormatError(f"{stored.path}: the config says tie_word_embeddings, but {family.HEAD} differs from {family.EMBEDDING}")
+            raise FormatError(f"{stored.path}: {stored.says} says tie_word_embeddings, but {family.HEAD} differs from {family.EMBEDDING}")
         del found[family.HEAD]
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not part of the model" for name in found if name not in expected]
@@ -157,7 +160,7 @@ def check_model(stored: StoredModel) -> None:
             problems += [f"{name} {problem}" for problem in find_gaps(found[name])]
     if problems:
         more = f" (and {len(problems) - MOST_PROBLEMS} more)" if len(problems) > MOST_PROBLEMS else ""
-        raise FormatError(f"{stored.path} does not fit its config: {'; '.join(problems[:MOST_PROBLEMS])}{more}")
+        raise FormatError(f"{stored.path} does not fit {stored.says}: {'; '.join(problems[:MOST_PROBLEMS])}{more}")
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
@@ -182,7 +185,9 @@ def _find_fields(kind: str, folder: Path, given: dict[str, Any] | None, found: F
     if given is not None:
         return given, "the given config"
     needed = PARAMS_FILE if kind == "meta" else CONFIG_FILE
-    raise FormatError(f"{folder} has no {needed}: what model is it? Put one there, or name a folder that has one (--like), or the size ([model])")
+    raise FormatError(
+        f"{folder} has no {needed}: what model is it? Put one there, or name a folder that has one (--like); in training [model] can say it"
+    )
 
 
 def _find_naming(names: Iterable[str], family: ModuleType, path: Path) -> tuple[str, bool]:
