@@ -244,6 +244,10 @@ CASES: dict[str, Case] = {
     "no tokenizer": replace('tokenizer_path = "tok"', ""),
     "rows longer than the model's context": replace("steps = 10", "steps = 10\nseq_len = 10000"),
     "model beside weights": Case(WEIGHTS + '[model]\nflavor = "smollm2-135m"\nhidden_size = 8\n'),
+    "weights that do not say what they are": Case(WEIGHTS, others={"weights/.metadata": ""}),
+    "weights that the run would replace": Case(
+        WEIGHTS.replace('"weights"', '"outputs/x/export"') + '[job]\ndump_folder = "outputs/x"\n', others={"outputs/x/export/config.json": "{}"}
+    ),
     "weights of another architecture": Case(
         WEIGHTS, others={"weights/config.json": '{"architectures": ["MambaForCausalLM"], "max_position_embeddings": 512}'}
     ),
