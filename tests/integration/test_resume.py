@@ -156,7 +156,7 @@ def test_changed_data_or_initial_weights_stop_the_resume_by_name(train: Callable
     other.write_text(toml.read_text().replace("hidden_size = 32", "").replace("intermediate_size = 64", "").replace("num_hidden_layers = 2", ""))
     other.write_text(other.read_text().replace("num_attention_heads = 4", "").replace("num_key_value_heads = 2", ""))
     with pytest.raises(CheckpointError, match=r"  checkpoint\.initial_load_path: '' then"):
-        train(other, "--training.steps", "4", "--checkpoint.initial_load_path", str(run.folder / "export"), folder=run.folder)
+        train(other, "--training.steps", "4", "--checkpoint.initial_load_path", str(run.folder / "checkpoint/step-2"), folder=run.folder)
     write_chats(tmp_path / "chats.jsonl", 201)
     with pytest.raises(CheckpointError, match="  content of the data: "):
         train(toml, "--training.steps", "4", folder=run.folder)
