@@ -67,8 +67,12 @@ def make_model(folder: Path, shape: dict[str, int]) -> None:
 
 def measure_here(source: str, target: str, kind: str, model_parallel: str) -> None:
     """In a process of its own: convert, and print peak memory and seconds."""
-    from tunelib.formats.convert import convert, plan_conversion
+    import torch._dynamo  # which torch imports where a model is first made: a second of start-up
 
+    from tunelib.formats.convert import convert, keep_freed_memory, plan_conversion
+
+    assert torch._dynamo
+    keep_freed_memory()
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     begun = time.perf_counter()

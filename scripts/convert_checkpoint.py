@@ -16,7 +16,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tunelib.errors import TunelibError
-from tunelib.formats.convert import convert, plan_conversion
+from tunelib.formats.convert import convert, keep_freed_memory, plan_conversion
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Words:
 
 def run(source: Path, target: Path, to: str, **wishes: object) -> int:
     """Convert, with a progress bar; the exit code."""
+    keep_freed_memory()
     try:
         conversion = plan_conversion(source, target, to, **wishes)  # type: ignore[arg-type]  # tyro has checked them
         for note in conversion.notes:

@@ -1,6 +1,8 @@
 """Any checkpoint to any form: open, plan, prove, and only then write, tensor by tensor."""
 
+import ctypes
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,6 +146,16 @@ def _write_gguf_file(conversion: Conversion, wrote: Callable[[int], None]) -> No
         commit(staging, conversion.target, files.describe_files(staging, [GGUF_FILE]), conversion.single_file, replace=False)
     finally:
         files.remove_folder(staging)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for the next tensor, in this process from now on: else each is mapped and cleared anew."""
+    if sys.platform == "linux":
+        trim_threshold, mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(mmap_threshold, 1 << 30)
+            libc.mallopt(trim_threshold, 1 << 30)
 
 
 def check_target(target: Path, suffixes: tuple[str, ...] = ()) -> None:

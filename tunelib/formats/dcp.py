@@ -8,7 +8,6 @@ import io
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from tunelib.checkpoint.dcp_reader import SafeReader
 from tunelib.errors import CheckpointError, FormatError
 from tunelib.files import ChecksummedFile
 from tunelib.formats.tensors import Piece, TensorInfo, Where
-from tunelib.formats.torch_file import read_layout, region_of
+from tunelib.formats.torch_file import read_layout, region_of, write_tensor
 
 
 @dataclass(frozen=True)
@@ -125,34 +124,14 @@ class DcpWriter:
         """Write the next tensor."""
         info = self._expected.pop(0)
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{info} expected, not {tensor.shape} {tensor.dtype}"
-        start, target = self._file.tell(), _Forward(self._file)
-        try:
-            torch.save(_compact(tensor.detach().cpu()), cast("IO[bytes]", target))
-        except RuntimeError:
-            if target.error is None:
-                raise
-            raise target.error from None  # torch says only at which byte its archive stopped
+        start = self._file.tell()
+        write_tensor(self._file, tensor)
         self.places[info.name] = (info, _StorageInfo(self._name, start, self._file.tell() - start))
 
     def finish(self) -> dict[str, int]:
         """All tensors are there; wait until the disk has them. Gives size and crc32 of the file."""
         assert not self._expected, f"{self._expected[0].name} was not written"
         return self._file.finish()
-
-
-class _Forward(io.RawIOBase):
-    """A file for `torch.save` that begins where another one stands."""
-
-    def __init__(self, file: ChecksummedFile):
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: memoryview) -> int:  # type: ignore[override]  # the base class allows any buffer
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
 
 
 def dcp_metadata(writers: list[DcpWriter]) -> bytes:
@@ -168,9 +147,3 @@ def dcp_metadata(writers: list[DcpWriter]) -> bytes:
             places[MetadataIndex(name, begin, 0)] = place
             paths[name] = (name,)
     return pickle.dumps(Metadata(tensors, planner_data=paths, storage_data=places, storage_meta=StorageMeta()))
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    """A tensor whose storage holds nothing else: all of it would be saved."""
-    is_whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.dtype.itemsize and tensor.is_contiguous()
-    return tensor if is_whole else tensor.clone(memory_format=torch.contiguous_format)

@@ -141,26 +141,52 @@ class TorchWriter:
 
     def __init__(self, file: ChecksummedFile, tensors: Iterable[TensorInfo]):
         self._file, self._expected, self._count = file, list(tensors), 0
-        # Not seekable: the archive is written in one go, sizes and checksums behind each record, as torch writes it too.
-        self._zip = _Archive(cast("IO[bytes]", _Forward(file)), "w", zipfile.ZIP_STORED)
-        self._write_record("data.pkl", _pickle_names(self._expected))
-        self._write_record("byteorder", b"little")
+        names = OrderedDict((info.name, _Named(_Storage(number, info), info.shape)) for number, info in enumerate(self._expected))
+        self._archive = _Archive(file, names)
 
     def write(self, tensor: Tensor) -> None:
         """Write the next tensor."""
         info = self._expected.pop(0)
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{info} expected, not {tensor.shape} {tensor.dtype}"
-        self._write_record(f"data/{self._count}", bytes_of(tensor))
+        self._archive.add(f"data/{self._count}", bytes_of(tensor))
         self._count += 1
 
     def finish(self) -> dict[str, int]:
         """All tensors are there; wait until the disk has them. Gives size and crc32 of the file."""
         assert not self._expected, f"{self._expected[0].name} was not written"
-        self._write_record("version", b"3\n")
-        self._zip.close()
+        self._archive.finish()
         return self._file.finish()
 
-    def _write_record(self, name: str, content: bytes | memoryview) -> None:
+
+def write_tensor(file: ChecksummedFile, tensor: Tensor) -> None:
+    """Append what ``torch.save`` makes of a single tensor."""
+    info = TensorInfo("", tensor.dtype, tuple(tensor.shape))
+    archive = _Archive(file, _Named(_Storage(0, info), info.shape))
+    archive.add("data/0", bytes_of(tensor))
+    archive.finish()
+
+
+class _Archive:
+    """The archive that torch.save makes, appended to a file, record after record.
+
+    It is not seekable: sizes and checksums stand behind each record, as torch writes it too.
+    """
+
+    def __init__(self, file: ChecksummedFile, content: object):
+        self._file = file
+        self._zip = _Zip(cast("IO[bytes]", _Forward(file)), "w", zipfile.ZIP_STORED)
+        pickled = io.BytesIO()
+        _Pickler(pickled, protocol=2).dump(content)
+        self.add("data.pkl", pickled.getvalue())
+        self.add("byteorder", b"little")
+
+    def finish(self) -> None:
+        """Write what closes the archive."""
+        self.add("version", b"3\n")
+        self._zip.close()
+
+    def add(self, name: str, content: bytes | memoryview) -> None:
+        """Write a record."""
         record = zipfile.ZipInfo(f"archive/{name}")
         zip64 = 20  # bytes of the field that `force_zip64` adds
         data_begin = self._file.tell() + LOCAL_HEADER_BYTES + len(record.filename) + zip64
@@ -171,8 +197,8 @@ class TorchWriter:
                 target.write(content[begin : begin + (1 << 24)])
 
 
-class _Archive(zipfile.ZipFile):
-    """An archive that only `close` ends: one that was broken off writes no more, into a file that is closed by then."""
+class _Zip(zipfile.ZipFile):
+    """A zip file that only `close` ends: one that was broken off writes no more, into a file that is closed by then."""
 
     def __del__(self) -> None:
         pass
@@ -206,10 +232,3 @@ class _Named:
 class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         return ("storage", STORAGES[value.dtype], value.key, "cpu", value.count) if isinstance(value, _Storage) else None
-
-
-def _pickle_names(infos: list[TensorInfo]) -> bytes:
-    """``data.pkl``: an ordered dict from names to tensors, each with a storage of its own."""
-    target = io.BytesIO()
-    _Pickler(target, protocol=2).dump(OrderedDict((info.name, _Named(_Storage(number, info), info.shape)) for number, info in enumerate(infos)))
-    return target.getvalue()
