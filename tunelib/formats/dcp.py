@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from tunelib.checkpoint.dcp_reader import SafeReader
 from tunelib.errors import CheckpointError, FormatError
 from tunelib.files import ChecksummedFile
-from tunelib.formats.tensors import Piece, TensorInfo, Where
+from tunelib.formats.tensors import Piece, Region, TensorInfo, Untouched, Where
 from tunelib.formats.torch_file import read_layout, region_of, write_tensor
 
 
@@ -41,6 +41,10 @@ class Chunk:
 
     def read(self, where: Where = ()) -> Tensor:
         """The chunk, or its part at ``where``; raises FormatError."""
+        return self.locate().read(where)
+
+    def locate(self) -> Region:
+        """Where the chunk's bytes lie; raises FormatError."""
         try:
             with open(self.path, "rb", buffering=0) as file:
                 tensor = read_layout(io.BufferedReader(Window(file, self.start, self.length)), self.path)
@@ -48,7 +52,7 @@ class Chunk:
             raise FormatError(f"{self.path} cannot be read: {error.strerror}") from None
         if not isinstance(tensor, Tensor) or (tensor.dtype, tuple(tensor.shape)) != (self.dtype, self.shape):
             raise FormatError(f"{self.path} does not hold at byte {self.start} what .metadata says")
-        return region_of(tensor, self.path, self.start).read(where)
+        return region_of(tensor, self.path, self.start)
 
 
 class Window(io.RawIOBase):
@@ -120,7 +124,7 @@ class DcpWriter:
         self._file, self._name, self._expected = file, name, list(tensors)
         self.places: dict[str, tuple[TensorInfo, _StorageInfo]] = {}
 
-    def write(self, tensor: Tensor) -> None:
+    def write(self, tensor: Tensor | Untouched) -> None:
         """Write the next tensor."""
         info = self._expected.pop(0)
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{info} expected, not {tensor.shape} {tensor.dtype}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunelib.errors import FormatError
 from tunelib.files import ChecksummedFile
-from tunelib.formats.tensors import Region, TensorInfo, bytes_of
+from tunelib.formats.tensors import Region, TensorInfo, Untouched, blocks_of_bytes
 
 DTYPES = {
     "F64": torch.float64,
@@ -64,11 +64,12 @@ class SafetensorsWriter:
         encoded += b" " * (-len(encoded) % 8)
         file.write(len(encoded).to_bytes(8, "little") + encoded)
 
-    def write(self, tensor: Tensor) -> None:
+    def write(self, tensor: Tensor | Untouched) -> None:
         """Write the next tensor."""
         info = self._expected.pop(0)
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{info} expected, not {tensor.shape} {tensor.dtype}"
-        self._file.write(bytes_of(tensor))
+        for block in blocks_of_bytes(tensor):
+            self._file.write(block)
 
     def finish(self) -> dict[str, int]:
         """All tensors are there; wait until the disk has them. Gives size and crc32 of the file."""

@@ -55,7 +55,11 @@ class StoredModel:
 
     def read(self, name: str, where: Where = ()) -> Tensor:
         """A weight in Hugging Face's layout, or a part of it; a tied head is the embedding."""
-        return self.tensors[name if name in self.tensors else family_of(self.config).EMBEDDING].read(where)
+        return self.find(name).read(where)
+
+    def find(self, name: str) -> StoredTensor:
+        """Where a weight lies; a tied head is the embedding."""
+        return self.tensors[name if name in self.tensors else family_of(self.config).EMBEDDING]
 
     @cached_property
     def weights(self) -> dict[str, TensorInfo]:

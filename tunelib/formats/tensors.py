@@ -25,6 +25,7 @@ Bounds = tuple[tuple[int, int], ...]
 MIN_COLUMN_BYTES = 1 << 12
 """Columns narrower than this are cut from whole rows: reading so little saves nothing."""
 CHUNK_BYTES = 1 << 26
+PASSING_BYTES = 1 << 24
 BLOCK_ELEMENTS = 1 << 24
 
 
@@ -89,6 +90,16 @@ class Region:
         except EOFError:
             raise FormatError(f"{self.path} is truncated: it ends before the tensor at byte {self.offset} does") from None
 
+    def read_into(self, buffer: Tensor) -> Tensor:
+        """A row of bytes, in the beginning of a buffer; raises FormatError."""
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                return _read_into(file, self.offset, buffer[: self.shape[0]])
+        except OSError as error:
+            raise FormatError(f"{self.path} cannot be read: {error.strerror}") from None
+        except EOFError:
+            raise FormatError(f"{self.path} is truncated: it ends before the tensor at byte {self.offset} does") from None
+
     def _read_rows(self, file: io.RawIOBase, bounds: list[tuple[int, int]]) -> Tensor:
         """Whole rows in one go; columns row by row, or cut from whole rows."""
         if not bounds:
@@ -110,6 +121,29 @@ class Region:
             rows = _read_into(file, self.offset + begin * row_bytes, torch.empty((end - begin, *row_shape), dtype=self.dtype))
             part[begin - first : end - first] = rows[columns]
         return part
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """A tensor that is written as it is stored: its bytes pass through a small buffer, and never make up a tensor in memory."""
+
+    region: Region
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.region.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.region.shape
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Its bytes, row-major, a block at a time; a block is overwritten by the next. Raises FormatError."""
+        count = math.prod(self.shape) * self.dtype.itemsize
+        buffer = torch.empty(min(count, PASSING_BYTES), dtype=torch.uint8)
+        for begin in range(0, count, PASSING_BYTES):
+            part = Region(self.region.path, self.region.offset + begin, torch.uint8, (min(PASSING_BYTES, count - begin),))
+            yield memoryview(part.read_into(buffer).numpy().data)
 
 
 @dataclass(frozen=True)
@@ -234,9 +268,12 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major; those of a contiguous one on the CPU are not copied."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+def blocks_of_bytes(tensor: Tensor | Untouched) -> Iterator[memoryview]:
+    """The bytes of a tensor, row-major, in blocks; those of a contiguous one on the CPU are not copied."""
+    if isinstance(tensor, Untouched):
+        yield from tensor.blocks()
+    else:
+        yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _read_into(file: io.RawIOBase, offset: int, target: Tensor) -> Tensor:

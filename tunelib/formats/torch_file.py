@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tunelib.errors import FormatError
 from tunelib.files import ChecksummedFile
-from tunelib.formats.tensors import Region, TensorInfo, bytes_of
+from tunelib.formats.tensors import Region, TensorInfo, Untouched, blocks_of_bytes
 
 ALIGNMENT = 64
 LOCAL_HEADER_BYTES = 30  # of a zip record, before its name
@@ -144,11 +144,11 @@ class TorchWriter:
         names = OrderedDict((info.name, _Named(_Storage(number, info), info.shape)) for number, info in enumerate(self._expected))
         self._archive = _Archive(file, names)
 
-    def write(self, tensor: Tensor) -> None:
+    def write(self, tensor: Tensor | Untouched) -> None:
         """Write the next tensor."""
         info = self._expected.pop(0)
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), f"{info} expected, not {tensor.shape} {tensor.dtype}"
-        self._archive.add(f"data/{self._count}", bytes_of(tensor))
+        self._archive.add(f"data/{self._count}", blocks_of_bytes(tensor))
         self._count += 1
 
     def finish(self) -> dict[str, int]:
@@ -158,11 +158,11 @@ class TorchWriter:
         return self._file.finish()
 
 
-def write_tensor(file: ChecksummedFile, tensor: Tensor) -> None:
+def write_tensor(file: ChecksummedFile, tensor: Tensor | Untouched) -> None:
     """Append what ``torch.save`` makes of a single tensor."""
     info = TensorInfo("", tensor.dtype, tuple(tensor.shape))
     archive = _Archive(file, _Named(_Storage(0, info), info.shape))
-    archive.add("data/0", bytes_of(tensor))
+    archive.add("data/0", blocks_of_bytes(tensor))
     archive.finish()
 
 
@@ -177,24 +177,24 @@ class _Archive:
         self._zip = _Zip(cast("IO[bytes]", _Forward(file)), "w", zipfile.ZIP_STORED)
         pickled = io.BytesIO()
         _Pickler(pickled, protocol=2).dump(content)
-        self.add("data.pkl", pickled.getvalue())
-        self.add("byteorder", b"little")
+        self.add("data.pkl", [pickled.getvalue()])
+        self.add("byteorder", [b"little"])
 
     def finish(self) -> None:
         """Write what closes the archive."""
-        self.add("version", b"3\n")
+        self.add("version", [b"3\n"])
         self._zip.close()
 
-    def add(self, name: str, content: bytes | memoryview) -> None:
-        """Write a record."""
+    def add(self, name: str, content: Iterable[bytes | memoryview]) -> None:
+        """Write a record, block after block."""
         record = zipfile.ZipInfo(f"archive/{name}")
         zip64 = 20  # bytes of the field that `force_zip64` adds
         data_begin = self._file.tell() + LOCAL_HEADER_BYTES + len(record.filename) + zip64
         padding = -(data_begin + 4) % ALIGNMENT
         record.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
         with self._zip.open(record, "w", force_zip64=True) as target:
-            for begin in range(0, len(content), 1 << 24):
-                target.write(content[begin : begin + (1 << 24)])
+            for block in content:
+                target.write(block)
 
 
 class _Zip(zipfile.ZipFile):

@@ -16,7 +16,7 @@ from tunelib.formats.form import Entry
 from tunelib.formats.found import DCP_METADATA
 from tunelib.formats.plan import Plan
 from tunelib.formats.safetensors_file import SafetensorsWriter
-from tunelib.formats.tensors import Where, name_of, to_pairs
+from tunelib.formats.tensors import Untouched, Where, name_of, to_pairs
 from tunelib.formats.torch_file import TorchWriter
 from tunelib.parallel.reduce import agreed
 
@@ -27,13 +27,13 @@ KIND = "export"
 class TensorWriter(Protocol):
     """Writes one file, tensor after tensor in the order that it was told."""
 
-    def write(self, tensor: Tensor) -> None: ...
+    def write(self, tensor: Tensor | Untouched) -> None: ...
     def finish(self) -> dict[str, int]: ...
 
 
 def write_checkpoint(
     plan: Plan,
-    read: Callable[[str, Where], Tensor],
+    read: Callable[[str, Where], Tensor | Untouched],
     target: Path,
     is_main: bool = True,
     wrote: Callable[[int], None] = lambda _: None,
@@ -123,7 +123,9 @@ def read_live(tensors: dict[str, Tensor], tied_to: str) -> Callable[[str, Where]
     return read
 
 
-def _as_stored(tensor: Tensor, entry: Entry) -> Tensor:
+def _as_stored(tensor: Tensor | Untouched, entry: Entry) -> Tensor | Untouched:
+    if isinstance(tensor, Untouched):
+        return tensor
     stored = tensor.to(entry.info.dtype)
     if entry.info.dtype != tensor.dtype and not stored.isfinite().all() and tensor.isfinite().all():
         raise FormatError(f"{entry.source} holds {tensor.abs().max().item():.4g}, which {name_of(entry.info.dtype)} cannot: choose another type")

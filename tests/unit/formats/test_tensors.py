@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 import tunelib.formats.tensors as module
 import tunelib.formats.tensors as tensors
 from tunelib.errors import FormatError
-from tunelib.formats.tensors import Piece, Region, StoredTensor, TensorInfo, blocks_of, bounds_of, bytes_of, same_bits, shape_of, to_halves, to_pairs
+from tunelib.formats.tensors import (
+    Piece,
+    Region,
+    StoredTensor,
+    TensorInfo,
+    blocks_of,
+    blocks_of_bytes,
+    bounds_of,
+    same_bits,
+    shape_of,
+    to_halves,
+    to_pairs,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 START = 24  # bytes before the tensor in its file
@@ -35,7 +47,7 @@ def numbered(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torc
 
 
 def write_region(path: Path, tensor: torch.Tensor) -> Region:
-    path.write_bytes(b"x" * START + bytes(bytes_of(tensor)))
+    path.write_bytes(b"x" * START + bytes(b"".join(map(bytes, blocks_of_bytes(tensor)))))
     return Region(path, START, tensor.dtype, tuple(tensor.shape))
 
 
@@ -159,11 +171,11 @@ def test_rows_move_as_an_independent_rule_moves_them(heads: int, head_dim: int, 
 
 def test_bytes_are_row_major_and_not_copied_where_they_lie_so() -> None:
     for tensor in (numbered((3, 4)).T, numbered((2, 3), torch.bfloat16), torch.tensor(1.5), torch.empty(0, 4), numbered((6, 4))[1::2]):
-        assert bytes(bytes_of(tensor)) == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert bytes(b"".join(map(bytes, blocks_of_bytes(tensor)))) == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     tensor = torch.zeros(4)
-    view = bytes_of(tensor)
+    view = next(blocks_of_bytes(tensor))
     tensor.fill_(1.0)
-    assert bytes(view) == bytes(bytes_of(torch.ones(4)))
+    assert bytes(view) == bytes(b"".join(map(bytes, blocks_of_bytes(torch.ones(4)))))
 
 
 def test_parts_have_plain_bounds() -> None:
