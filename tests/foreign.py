@@ -613,3 +613,5 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     _save_as_rank(*json.loads(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter's own way out aborts now and then, while gloo's threads wait for it (docs/house.md)
