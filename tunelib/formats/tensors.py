@@ -4,6 +4,7 @@ Every format becomes the same thing here: a tensor in Hugging Face's layout is a
 model-parallel file, or for each chunk of a DCP folder), and reading a part of it reads the bytes of that part and no more.
 """
 
+import contextlib
 import io
 import itertools
 import math
@@ -78,23 +79,25 @@ class Region:
         Raises:
             FormatError: the file ends too early, or cannot be read.
         """
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                if self.strides is not None:
-                    last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-                    spanned = torch.empty(last + 1 if math.prod(self.shape) else 0, dtype=self.dtype)
-                    return _read_into(file, self.offset, spanned).as_strided(self.shape, self.strides)[where].clone()
-                return self._read_rows(file, bounds_of(where, self.shape))
-        except OSError as error:
-            raise FormatError(f"{self.path} cannot be read: {error.strerror}") from None
-        except EOFError:
-            raise FormatError(f"{self.path} is truncated: it ends before the tensor at byte {self.offset} does") from None
+        with self._opened() as file:
+            if self.strides is not None:
+                last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+                spanned = torch.empty(last + 1 if math.prod(self.shape) else 0, dtype=self.dtype)
+                return _read_into(file, self.offset, spanned).as_strided(self.shape, self.strides)[where].clone()
+            return self._read_rows(file, bounds_of(where, self.shape))
 
-    def read_into(self, buffer: Tensor) -> Tensor:
-        """A row of bytes, in the beginning of a buffer; raises FormatError."""
+    def pass_through(self, buffer: Tensor) -> Iterator[Tensor]:
+        """The bytes of a row-major tensor, block after block, each in the beginning of a buffer; raises FormatError."""
+        count = math.prod(self.shape) * self.dtype.itemsize
+        with self._opened() as file:
+            for begin in range(0, count, len(buffer)):
+                yield _read_into(file, self.offset + begin, buffer[: min(len(buffer), count - begin)])
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[io.RawIOBase]:
         try:
             with open(self.path, "rb", buffering=0) as file:
-                return _read_into(file, self.offset, buffer[: self.shape[0]])
+                yield file
         except OSError as error:
             raise FormatError(f"{self.path} cannot be read: {error.strerror}") from None
         except EOFError:
@@ -139,11 +142,8 @@ class Untouched:
 
     def blocks(self) -> Iterator[memoryview]:
         """Its bytes, row-major, a block at a time; a block is overwritten by the next. Raises FormatError."""
-        count = math.prod(self.shape) * self.dtype.itemsize
-        buffer = torch.empty(min(count, PASSING_BYTES), dtype=torch.uint8)
-        for begin in range(0, count, PASSING_BYTES):
-            part = Region(self.region.path, self.region.offset + begin, torch.uint8, (min(PASSING_BYTES, count - begin),))
-            yield memoryview(part.read_into(buffer).numpy().data)
+        for block in self.region.pass_through(torch.empty(PASSING_BYTES, dtype=torch.uint8)):
+            yield memoryview(block.numpy().data)
 
 
 @dataclass(frozen=True)

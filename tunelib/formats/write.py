@@ -71,12 +71,7 @@ def write_checkpoint(
                     if is_main:
                         writer = _open_writer(stack.enter_context(files.ChecksummedFile(staging / file)), file, entries)
                         dcp_writers += [writer] if isinstance(writer, DcpWriter) else []
-                for entry in entries:
-                    tensor = read(entry.source, entry.where)
-                    with agreed(failed):
-                        if writer is not None:
-                            writer.write(_as_stored(tensor, entry))
-                            wrote(entry.info.nbytes)
+                _write_entries(entries, writer, read, wrote, failed)
                 with agreed(failed):
                     if writer is not None:
                         described[file] = writer.finish()
@@ -97,6 +92,22 @@ def write_checkpoint(
             if is_main:
                 files.remove_folder(staging)
     return found
+
+
+def _write_entries(
+    entries: list[Entry],
+    writer: TensorWriter | None,
+    read: Callable[[str, Where], Tensor | Untouched],
+    wrote: Callable[[int], None],
+    failed: str,
+) -> None:
+    """Read every tensor of a file on all ranks, and write it on the one that has a writer. Collective."""
+    for entry in entries:
+        tensor = read(entry.source, entry.where)
+        with agreed(failed):
+            if writer is not None:
+                writer.write(_as_stored(tensor, entry))
+                wrote(entry.info.nbytes)
 
 
 def commit(staging: Path, target: Path, described: dict[str, dict[str, int]], single_file: str, replace: bool) -> None:
