@@ -13,10 +13,11 @@ import json
 import os
 import shutil
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from zlib_ng.zlib_ng import crc32
 
 from tunelib.errors import CheckpointError, ConfigError, TunelibError
 
@@ -78,7 +79,7 @@ def crc32_of(path: Path) -> int:
     checksum = 0
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
-            checksum = zlib.crc32(chunk, checksum)
+            checksum = crc32(chunk, checksum)
     return checksum
 
 
@@ -103,7 +104,7 @@ class ChecksummedFile:
         view = memoryview(data)
         for begin in range(0, len(view), WRITE_BYTES):
             block = view[begin : begin + WRITE_BYTES]
-            self.crc32 = zlib.crc32(block, self.crc32)
+            self.crc32 = crc32(block, self.crc32)
             while block:
                 block = block[self._file.write(block) :]
         self.size += len(view)

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,13 @@ from tunelib import files
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError, FormatError, SaveError
 from tunelib.formats.compare import NOT_COMPUTED, different_fields
-from tunelib.formats.dcp import Chunk
 from tunelib.formats.export import ORIGINAL, TOKENIZER_MODEL, plan_checkpoint
 from tunelib.formats.form import Form
 from tunelib.formats.found import CONFIG_FILE, TORCH_SUFFIXES, find_kind
 from tunelib.formats.gguf import GGUF_TYPES, GgufPlan, plan_gguf, write_gguf
 from tunelib.formats.plan import GGUF_FILE, KINDS, MAX_SHARD_BYTES, Plan, Wish, parse_size
 from tunelib.formats.source import StoredModel, check_files, check_model, open_checkpoint, read_fields
-from tunelib.formats.tensors import Region, Untouched, Where, name_of
+from tunelib.formats.tensors import Untouched, Where, bounds_of, name_of
 from tunelib.formats.write import commit, write_checkpoint
 from tunelib.model.families import parse_config
 from tunelib.parallel.runtime import DTYPES
@@ -145,15 +145,19 @@ def convert(conversion: Conversion, wrote: Callable[[int], None] = lambda _: Non
 
 def _pass_on(plan: Plan, source: StoredModel) -> Callable[[str, Where], Tensor | Untouched]:
     """Reads what is written: a weight whose bytes stay as they are is not made a tensor of."""
-    changed = {entry.source for entries in plan.form.files.values() for entry in entries if entry.head_dim or entry.where}
+    dtypes = plan.dtypes
+    changed = {entry.source for entries in plan.form.files.values() for entry in entries if entry.head_dim}
+
+    @lru_cache(maxsize=1)
+    def read_whole(name: str) -> Tensor:
+        return source.read(name)
 
     def read(name: str, where: Where) -> Tensor | Untouched:
         stored = source.find(name)
-        if len(stored.pieces) > 1 or stored.head_dim or name in changed or stored.info.dtype != plan.dtypes[name]:
-            return stored.read(where)
-        piece = stored.pieces[0].stored
-        region = piece.locate() if isinstance(piece, Chunk) else piece
-        return Untouched(region) if isinstance(region, Region) and region.strides is None else stored.read(where)
+        if bounds_of(where, stored.info.shape)[1:] != bounds_of((), stored.info.shape)[1:]:
+            return read_whole(name)[where]  # columns: the other files' come next
+        is_same = not stored.head_dim and name not in changed and stored.info.dtype == dtypes[name]
+        return Untouched(stored, where) if is_same and stored.info.shape else stored.read(where)
 
     return read
 

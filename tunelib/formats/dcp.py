@@ -7,6 +7,7 @@ own converters hold the whole model; here a chunk is read from where it lies, an
 import io
 import pickle
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -41,10 +42,14 @@ class Chunk:
 
     def read(self, where: Where = ()) -> Tensor:
         """The chunk, or its part at ``where``; raises FormatError."""
-        return self.locate().read(where)
+        return self._region.read(where)
 
     def locate(self) -> Region:
         """Where the chunk's bytes lie; raises FormatError."""
+        return self._region
+
+    @cached_property
+    def _region(self) -> Region:
         try:
             with open(self.path, "rb", buffering=0) as file:
                 tensor = read_layout(io.BufferedReader(Window(file, self.start, self.length)), self.path)

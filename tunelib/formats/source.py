@@ -4,9 +4,9 @@ Whoever has the result sees a model in Hugging Face's names and layout (law 7), 
 form can be written again.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,7 +76,8 @@ class StoredModel:
 NAMES = {"hf": "Hugging Face folder", "meta": "Meta folder", "dcp": "DCP folder", "torch": "torch file", "gguf": "GGUF file"}
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+@cache
+def expected_shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
     """The weights of a model and their shapes, without a tied head."""
     return {name: parameter.shape for name, parameter in build_on_meta(config, torch.float32).named_parameters()}
 

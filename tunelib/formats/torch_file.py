@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
+from zlib_ng.zlib_ng import crc32
 
 from tunelib.errors import FormatError
 from tunelib.files import ChecksummedFile
@@ -23,6 +24,8 @@ from tunelib.formats.tensors import Region, TensorInfo, Untouched, blocks_of_byt
 
 ALIGNMENT = 64
 LOCAL_HEADER_BYTES = 30  # of a zip record, before its name
+ZIP64_BYTES = 20  # of the field in a local header that gives large sizes
+SIZES_FOLLOW = 0x08  # the flag of a record with size and checksum behind its bytes
 # The pickled name of each type's storage (torch/storage.py), which says the type.
 STORAGES = {
     torch.float64: torch.DoubleStorage,
@@ -174,6 +177,7 @@ class _Archive:
 
     def __init__(self, file: ChecksummedFile, content: object):
         self._file = file
+        self._begin = file.tell()
         self._zip = _Zip(cast("IO[bytes]", _Forward(file)), "w", zipfile.ZIP_STORED)
         pickled = io.BytesIO()
         _Pickler(pickled, protocol=2).dump(content)
@@ -182,19 +186,25 @@ class _Archive:
 
     def finish(self) -> None:
         """Write what closes the archive."""
-        self.add("version", [b"3\n"])
+        self._zip.writestr("archive/version", b"3\n")
         self._zip.close()
 
     def add(self, name: str, content: Iterable[bytes | memoryview]) -> None:
-        """Write a record, block after block."""
+        """Write a record, block after block; `zipfile` would do it with a checksum that takes as long as the writing."""
+        assert self._zip.fp is not None
         record = zipfile.ZipInfo(f"archive/{name}")
-        zip64 = 20  # bytes of the field that `force_zip64` adds
-        data_begin = self._file.tell() + LOCAL_HEADER_BYTES + len(record.filename) + zip64
-        padding = -(data_begin + 4) % ALIGNMENT
+        record.header_offset, record.flag_bits = self._file.tell() - self._begin, SIZES_FOLLOW
+        padding = -(self._file.tell() + LOCAL_HEADER_BYTES + len(record.filename) + ZIP64_BYTES + 4) % ALIGNMENT
         record.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-        with self._zip.open(record, "w", force_zip64=True) as target:
-            for block in content:
-                target.write(block)
+        self._zip.fp.write(record.FileHeader(zip64=True))
+        record.CRC = 0
+        for block in content:
+            self._zip.fp.write(block)
+            record.CRC = crc32(block, record.CRC)
+            record.file_size += len(block)
+        record.compress_size = record.file_size
+        self._zip.fp.write(struct.pack("<4sLQQ", b"PK\x07\x08", record.CRC, record.compress_size, record.file_size))
+        self._zip.filelist.append(record)
 
 
 class _Zip(zipfile.ZipFile):

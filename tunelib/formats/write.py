@@ -1,6 +1,7 @@
 """Write a model in any form: under a staging name, tensor by tensor, and final only when all of it is on the disk."""
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -64,17 +65,17 @@ def write_checkpoint(
     try:
         described: dict[str, dict[str, int]] = {}
         dcp_writers: list[DcpWriter] = []
-        for file, entries in plan.form.files.items():
+        for together in _group(plan.form.files):
             with contextlib.ExitStack() as stack:
-                writer: TensorWriter | None = None
+                writers: dict[str, TensorWriter] = {}
                 with agreed(failed):
                     if is_main:
-                        writer = _open_writer(stack.enter_context(files.ChecksummedFile(staging / file)), file, entries)
-                        dcp_writers += [writer] if isinstance(writer, DcpWriter) else []
-                _write_entries(entries, writer, read, wrote, failed)
+                        for file, entries in together.items():
+                            writers[file] = _open_writer(stack.enter_context(files.ChecksummedFile(staging / file)), file, entries)
+                dcp_writers += [writer for writer in writers.values() if isinstance(writer, DcpWriter)]
+                _write_entries(together, writers, read, wrote, failed)
                 with agreed(failed):
-                    if writer is not None:
-                        described[file] = writer.finish()
+                    described |= {file: writer.finish() for file, writer in writers.items()}
         with agreed(failed):
             if is_main:
                 if dcp_writers:
@@ -94,20 +95,27 @@ def write_checkpoint(
     return found
 
 
+def _group(partition: dict[str, list[Entry]]) -> list[dict[str, list[Entry]]]:
+    """Files that are written at the same time: those that hold parts of the same tensors, each of which is then read once."""
+    has_parts = any(entry.where for entries in partition.values() for entry in entries)
+    return [partition] if has_parts else [{file: entries} for file, entries in partition.items()]
+
+
 def _write_entries(
-    entries: list[Entry],
-    writer: TensorWriter | None,
+    partition: dict[str, list[Entry]],
+    writers: dict[str, TensorWriter],
     read: Callable[[str, Where], Tensor | Untouched],
     wrote: Callable[[int], None],
     failed: str,
 ) -> None:
-    """Read every tensor of a file on all ranks, and write it on the one that has a writer. Collective."""
-    for entry in entries:
-        tensor = read(entry.source, entry.where)
-        with agreed(failed):
-            if writer is not None:
-                writer.write(_as_stored(tensor, entry))
-                wrote(entry.info.nbytes)
+    """Read every tensor of some files on all ranks, the first of each file, then the second; and write it on the one that has writers. Collective."""
+    for row in itertools.zip_longest(*([(file, entry) for entry in entries] for file, entries in partition.items())):
+        for file, entry in (found for found in row if found is not None):
+            tensor = read(entry.source, entry.where)
+            with agreed(failed):
+                if writers:
+                    writers[file].write(_as_stored(tensor, entry))
+                    wrote(entry.info.nbytes)
 
 
 def commit(staging: Path, target: Path, described: dict[str, dict[str, int]], single_file: str, replace: bool) -> None:
