@@ -14,22 +14,27 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tunelib.checkpoint.manager import CheckpointManager, check_identity
+from tunelib.adapters import add_adapters
+from tunelib.checkpoint.manager import CheckpointManager, check_base, check_identity
 from tunelib.checkpoint.state import RunState, model_tensors, optimizer_tensors, restore_rng, rng_tensors, tensors_to_load
 from tunelib.config import Config, check_own_config, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
 from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words
 from tunelib.data.stream import Ranks, StreamData
 from tunelib.data.tokenizer import Tokenizer
-from tunelib.errors import Stopped, TunelibError
+from tunelib.errors import CheckpointError, Stopped, TunelibError
 from tunelib.files import replace_file
+from tunelib.formats.fingerprint import fingerprint_of
 from tunelib.formats.load import check_weights, check_weights_path, find_tokenizer_folder, find_weights, give_weights, plan_export_of
+from tunelib.formats.peft import check_adapter, export_adapter
 from tunelib.formats.prove import describe_export, export_model
+from tunelib.formats.source import expected_shapes
 from tunelib.infer.generate import answer_prompts, encode_prompts
 from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.observe.console import Console
@@ -73,6 +78,11 @@ def main(argv: list[str]) -> None:
             weights = find_weights(config.model, config.checkpoint.initial_load_path, vocab_size, config.training.seq_len)
             model = build_on_meta(weights.config, runtime.param_dtype)
             check_weights(weights)
+            adapter = None
+            if config.lora.enable:
+                add_adapters(model, config.lora)
+                shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+                adapter = check_adapter(Path(config.lora.adapter_path), config.lora, shapes) if config.lora.adapter_path else None
 
             # Data: every document's tokens, and the order, but no batch yet.
             train_data = held_out = None
@@ -115,12 +125,21 @@ def main(argv: list[str]) -> None:
         # Spread the model, which has been on paper so far: FSDP2, then empty storage where each shard belongs.
         spread_model(model, config.parallelism, layout, runtime)
 
-        # Give weights, unless a full checkpoint will: drawn, or any format straight into the shards.
+        if decision.kind == "seed" and config.lora.enable:
+            raise CheckpointError(
+                f"{decision.folder} holds whole weights: adapters start from it with --checkpoint.initial_load_path, in another folder"
+            )
+
+        # Give weights, unless a full checkpoint will: drawn, or any format straight into the shards. Frozen ones are in no checkpoint.
+        base = ""
         if decision.kind in ("seed", "finished"):
             manager.load(model_tensors(model), decision)
-        elif decision.kind == "fresh":
+        elif decision.kind == "fresh" or config.lora.enable:
             with agreed():
-                give_weights(model, weights, config.training.seed)
+                checksums = give_weights(model, weights, config.training.seed, adapter)
+            base = fingerprint_of(checksums)
+            if decision.state is not None:
+                check_base(decision.state.base, base)
         if config.checkpoint.create_seed_checkpoint:
             saved = manager.save(model_tensors(model), RunState(0, 0, runtime.world_size, runtime.device.type, origin), kind="seed")
             console.say(f"seed checkpoint written to {saved}; start from it with the same command without create_seed_checkpoint, on any layout")
@@ -153,7 +172,8 @@ def main(argv: list[str]) -> None:
             metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
             samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
         origin_of_weights = weights.sentence if decision.kind == "fresh" else "weights from the checkpoint"
-        for line in opening_lines(config, runtime, layout, model, data_lines, num_steps, origin_of_weights, export.notes):
+        num_parameters = sum(shape.numel() for shape in expected_shapes(model.config).values())
+        for line in opening_lines(config, runtime, layout, model, num_parameters, data_lines, num_steps, origin_of_weights, export.notes):
             console.say(line)
         summary = Summary()
 
@@ -173,7 +193,7 @@ def main(argv: list[str]) -> None:
         def save() -> Path | None:
             tensors = model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device)
             streams = gather_objects(train_data.state()) if isinstance(train_data, StreamData) else None
-            return manager.save(tensors, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity, streams))
+            return manager.save(tensors, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity, streams, base))
 
         if step == 0:
             validate()
@@ -223,10 +243,15 @@ def main(argv: list[str]) -> None:
             checkpoint = manager.save(weights_alone, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity), kind="model")
         elif config.checkpoint.enable_checkpoint:
             checkpoint = save()
-        check = config.checkpoint.verify_export
-        proof = export_model(export, model, folder / "export", runtime.is_main, tokenizer, check, sharded=layout.mesh is not None)
-        seconds, exported = time.monotonic() - started, describe_export(export, proof)
-        for line in summary.lines(step, tokens_seen, seconds, peak_memory_gib(runtime.device), folder, checkpoint, exported):
+        adapter_line = export_line = ""
+        if config.lora.enable:
+            adapter_line = export_adapter(model, config.lora, config.checkpoint.initial_load_path, base, folder / "adapter", runtime.is_main)
+        if not config.lora.save_adapter_weights_only:
+            check = config.checkpoint.verify_export
+            proof = export_model(export, model, folder / "export", runtime.is_main, tokenizer, check, sharded=layout.mesh is not None)
+            export_line = describe_export(export, proof)
+        seconds, memory = time.monotonic() - started, peak_memory_gib(runtime.device)
+        for line in summary.lines(step, tokens_seen, seconds, memory, folder, checkpoint, export_line, adapter_line):
             console.say(line)
 
 
@@ -273,7 +298,9 @@ def describe_identity(config: Config, model: dict[str, Any], train_data: TrainDa
         "checkpoint.initial_load_path": os.path.abspath(path) if path else "",
     }
     order = {**train_data.fingerprint, "validation.fraction": config.validation.fraction} if train_data else {}
-    return origin, {**origin, **order, "optimizer.name": config.optimizer.name, "training.dtype": config.training.dtype}
+    section = {**asdict(config.lora), "target_modules": list(config.lora.target_modules)}
+    adapters = {f"lora.{name}": value for name, value in section.items() if name != "save_adapter_weights_only"} if config.lora.enable else {}
+    return origin, {**origin, **order, **adapters, "optimizer.name": config.optimizer.name, "training.dtype": config.training.dtype}
 
 
 if __name__ == "__main__":

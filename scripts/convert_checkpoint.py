@@ -6,6 +6,7 @@ python scripts/convert_checkpoint.py IN OUT.gguf --to gguf --dtype q8_0
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +17,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tunelib.errors import TunelibError
-from tunelib.formats.convert import convert, keep_freed_memory, plan_conversion
+from tunelib.formats.convert import Conversion, convert, keep_freed_memory, plan_conversion
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,17 @@ class Words:
 
 def run(source: Path, target: Path, to: str, **wishes: object) -> int:
     """Convert, with a progress bar; the exit code."""
+    return carry_out(lambda: plan_conversion(source, target, to, **wishes), target)  # type: ignore[arg-type]  # tyro has checked them
+
+
+def carry_out(plan: Callable[[], Conversion], target: Path) -> int:
+    """Do what is planned, with a progress bar; the exit code."""
     keep_freed_memory()
     try:
-        conversion = plan_conversion(source, target, to, **wishes)  # type: ignore[arg-type]  # tyro has checked them
+        conversion = plan()
         for note in conversion.notes:
             print(f"note: {note}", file=sys.stderr)
-        with tqdm(total=conversion.num_bytes, unit="B", unit_scale=True, desc=to, disable=None) as bar:
+        with tqdm(total=conversion.num_bytes, unit="B", unit_scale=True, desc=target.name, disable=None) as bar:
             convert(conversion, bar.update)
     except TunelibError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,7 +25,8 @@ NEIGHBOURS = {
     "config": {"errors"},
     "data": {"batch"},
     "model": {"batch"},
-    **{room: {"model"} for room in ("adapters", "quantize", "flops")},
+    **{room: {"model"} for room in ("quantize", "flops")},
+    "adapters": {"model", "quantize"},
 }
 """Rooms of the same floor that a room may see."""
 SINGLE_IMPORTS = {("formats", "tunelib.checkpoint.dcp_reader")}
@@ -33,6 +34,7 @@ SINGLE_IMPORTS = {("formats", "tunelib.checkpoint.dcp_reader")}
 SECTIONS_OF = {
     "data": {"Dataset", "Source", "MixedSource", "Columns", "FORMAT_COLUMNS"},
     "model": {"Model", "RopeScaling"},
+    "adapters": {"Lora"},
     "optimizer": {"Optimizer"},
     "schedule": {"LrScheduler"},
 }

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, TOKENIZER, Run, run_processes, write_chats, write_toml
 from hub_server import hub_environment, serve_hub
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from tunelib.config import Config, load_config, resolve_dump_folder
@@ -703,6 +704,77 @@ def _(lab: Lab) -> None:
     run = lab.run(SAVING, "--checkpoint.create_seed_checkpoint")
     assert steps_saved(run) == [0]
     assert not (run.folder / "metrics.jsonl").exists()
+
+
+# [lora]
+
+LORA = ("--lora.enable", "--lora.rank", "4")
+
+
+def adapter_tensors(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.folder / "adapter/adapter_model.safetensors")
+
+
+@shows("lora.enable")
+def _(lab: Lab) -> None:
+    assert not (lab.plain().folder / "adapter").exists()
+    assert len(adapter_tensors(lab.plain(*LORA))) == 2 * 7 * 2  # A and B of seven layers in two blocks
+
+
+@shows("lora.rank")
+def _(lab: Lab) -> None:
+    ranks = {tensor.shape[0] for name, tensor in adapter_tensors(lab.run("--lora.enable", "--lora.rank", "3")).items() if "lora_A" in name}
+    assert ranks == {3}
+
+
+@shows("lora.alpha")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--lora.alpha", "2", given=LORA)
+
+
+@shows("lora.dropout")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--lora.dropout", "0.5", given=LORA)
+
+
+@shows("lora.target_modules")
+def _(lab: Lab) -> None:
+    names = adapter_tensors(lab.run(*LORA, "--lora.target_modules", "q_proj", "v_proj"))
+    assert {name.split(".")[-3] for name in names} == {"q_proj", "v_proj"}
+
+
+@shows("lora.use_rslora")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--lora.use_rslora", given=LORA)
+
+
+@shows("lora.use_dora")
+def _(lab: Lab) -> None:
+    assert any(name.endswith("lora_magnitude_vector") for name in adapter_tensors(lab.run(*LORA, "--lora.use_dora")))
+
+
+@shows("lora.train_lm_head", "lora.train_embeddings")
+def _(lab: Lab) -> None:
+    names = adapter_tensors(lab.run(*LORA, "--lora.train_lm_head", "--lora.train_embeddings"))
+    assert {name for name in names if "lora_" not in name} == {"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"}
+
+
+@shows("lora.quantize_base")
+def _(lab: Lab) -> None:
+    wide = ("--model.hidden_size", "64")
+    lab.changes("loss", "--lora.quantize_base", "nf4", given=(*LORA, *wide))
+
+
+@shows("lora.adapter_path")
+def _(lab: Lab) -> None:
+    lab.changes("loss", "--lora.adapter_path", str(lab.plain(*LORA).folder / "adapter"), given=LORA)
+
+
+@shows("lora.save_adapter_weights_only")
+def _(lab: Lab) -> None:
+    run = lab.run(*LORA, "--lora.save_adapter_weights_only")
+    assert (run.folder / "adapter").is_dir()
+    assert not (run.folder / "export").exists()
 
 
 # [metrics], [validation], [comm]

@@ -266,6 +266,17 @@ def check_identity(saved: dict[str, Any], today: dict[str, Any]) -> None:
         )
 
 
+def check_base(saved: str, today: str) -> None:
+    """Stop a run that would go on with adapters that were trained beside other frozen weights; raises CheckpointError on every rank."""
+    if saved != today:
+        error = CheckpointError(
+            "the checkpoint's adapters were trained beside other frozen weights than checkpoint.initial_load_path has: put the old ones back, or "
+            "give --job.dump_folder a new folder"
+        )
+        error.agreed = True
+        raise error
+
+
 def list_changes(above: str, saved: dict[str, Any], today: dict[str, Any]) -> dict[str, str]:
     """Name → line for each thing that is not what it was; of a table only the keys that changed."""
     changed: dict[str, str] = {}

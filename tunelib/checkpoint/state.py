@@ -27,6 +27,7 @@ class RunState:
         tokens_seen: positions trained on, padding not counted.
         world_size: processes that wrote it, and on what they computed: ``device`` is "cpu" or "cuda".
         identity: what must be the same for a run to go on: name → digest or value.
+        base: fingerprint of the frozen weights, which are not saved; empty where all are trained.
         streams: where each data rank's stream stands, by rank; None for data whose place follows from the step.
     """
 
@@ -36,6 +37,7 @@ class RunState:
     device: str
     identity: dict[str, Any]
     streams: list[Any] | None = None
+    base: str = ""
 
     def to_json(self) -> str:
         """For state.json."""
@@ -52,8 +54,8 @@ def read_run_state(folder: Path) -> RunState:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, a tied one once; their storage, not copies."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """The trained parameters by name, a tied one once; their storage, not copies. Frozen ones are named by their fingerprint alone."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 
-from tunelib.config.schema import Bounds, Config, IsPath
+from tunelib.config.schema import Bounds, Config, IsPath, OneOrMore
 
 LARGEST_INTEGER = 2**63 - 1
 HALF_PRECISION = ("float16", "fp16", "half")
@@ -43,6 +43,8 @@ class Field:
     bounds: Bounds
     path: IsPath | None
     default: object
+    single: bool = False
+    """Whether a list of texts may be written as one text."""
 
     @property
     def section(self) -> str:
@@ -66,13 +68,17 @@ def convert_value(field: Field, value: object) -> object:
     """A value that passed ``find_fault``, in the type that the dataclass holds: 1 → 1.0 for a float, a list → a tuple."""
     if field.kind == "float" and not is_unset(value):
         return float(typing.cast(float, value))
-    return tuple(typing.cast(list, value)) if field.kind == "words" else value
+    if field.kind == "words":
+        return (value,) if isinstance(value, str) else tuple(typing.cast(list, value))
+    return value
 
 
 def find_fault(field: Field, value: object) -> str | None:
     """What is wrong with a value of TOML's types, as the end of a sentence; None when it may stand."""
     if field.kind == "tables":
         return None if isinstance(value, list) and all(isinstance(item, dict) for item in value) else f"expected tables, each under [[{field.key}]]"
+    if field.kind == "words" and field.single and isinstance(value, str):
+        return find_text_fault(field, value)
     if field.kind == "words":
         if not isinstance(value, (list, tuple)):
             return f"expected {EXPECTED['words']}, such as [{show_value(str(value))}]"
@@ -250,7 +256,8 @@ def build_field(key: str, hint: object, default: object) -> Field:
         kind = "str" if choices else typing.cast(type, hint).__name__
     assert kind in EXPECTED, (key, hint)
     bounds = next((mark for mark in marks if isinstance(mark, Bounds)), Bounds())
-    return Field(key, kind, optional, choices, bounds, next((mark for mark in marks if isinstance(mark, IsPath)), None), default)
+    path = next((mark for mark in marks if isinstance(mark, IsPath)), None)
+    return Field(key, kind, optional, choices, bounds, path, default, any(isinstance(mark, OneOrMore) for mark in marks))
 
 
 SECTIONS: dict[str, type] = dict(list_sections(Config, ""))

@@ -65,7 +65,6 @@ REPLACED = {
 """Keys with no counterpart, and what is done instead: an error everywhere."""
 
 UNBUILT = {
-    "lora": "LoRA",
     "quantize": "quantisation",
     "compile": "compilation",
     "training.compile": "compilation",

@@ -28,6 +28,11 @@ class IsPath:
     """Only text with this ending is a path; other text is a name."""
 
 
+@dataclass(frozen=True)
+class OneOrMore:
+    """Marks a list of texts that may also be written as one text."""
+
+
 Path = Annotated[str, IsPath()]
 Count = Annotated[int, Bounds(minimum=1)]
 CountOrAuto = Annotated[int, Bounds(minimum=1, also=(-1,))]
@@ -267,6 +272,36 @@ class LrScheduler:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Train small matrices beside frozen weights (LoRA) instead of the weights."""
+
+    enable: bool = False
+    """Freeze the model and train adapters."""
+    rank: Count = 16
+    """Columns of the two small matrices of an adapter."""
+    alpha: Positive = 32.0
+    """What the adapter adds is scaled by alpha / rank."""
+    dropout: Annotated[float, Bounds(minimum=0, maximum=0.999)] = 0.0
+    """Share of an adapter's inputs that is left out in training. Above 0 a run resumes exactly on the same layout only."""
+    target_modules: Annotated[tuple[str, ...], OneOrMore()] = ("all-linear",)
+    """Which linear layers get an adapter: "all-linear" (all but the head), or names such as "q_proj"."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank), which keeps large ranks stable."""
+    use_dora: bool = False
+    """Train the length of each row of the sum too (DoRA)."""
+    train_lm_head: bool = False
+    """Train the head in full."""
+    train_embeddings: bool = False
+    """Train the embedding in full."""
+    quantize_base: Literal["none", "nf4"] = "none"
+    """Keep the frozen weights of adapted layers in four bits (QLoRA): about 0.56 bytes per weight."""
+    adapter_path: Path = ""
+    """A PEFT adapter folder to start from, of the same base, rank and modules."""
+    save_adapter_weights_only: bool = False
+    """Leave the merged weights out at the end: adapter/ alone is written."""
+
+
+@dataclass(frozen=True)
 class Parallelism:
     """How the work is spread; it changes nothing else."""
 
@@ -364,6 +399,7 @@ class Config:
     model: Model = field(default_factory=Model)
     dataset: Dataset = field(default_factory=Dataset)
     training: Training = field(default_factory=Training)
+    lora: Lora = field(default_factory=Lora)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LrScheduler = field(default_factory=LrScheduler)
     parallelism: Parallelism = field(default_factory=Parallelism)

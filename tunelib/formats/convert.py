@@ -40,6 +40,7 @@ class Conversion:
         gguf: the plan of a GGUF file, in place of ``plan``.
         single_file: the name of the only file that is kept, where OUT is a file.
         notes: what the target cannot hold, and what was left out.
+        read: gives a weight that is written, or its part.
     """
 
     source: StoredModel
@@ -48,6 +49,7 @@ class Conversion:
     gguf: GgufPlan | None
     single_file: str
     notes: tuple[str, ...]
+    read: Callable[[str, Where], Tensor | Untouched]
 
     @property
     def num_bytes(self) -> int:
@@ -101,7 +103,7 @@ def plan_conversion(
         own_dtype = name_of(next(iter(source.weights.values())).dtype)
         template = tokenizer.chat_template if tokenizer else None
         gguf = plan_gguf(source.config, shapes, tokenizer, template, dtype or own_dtype, home.absolute().name)
-        return Conversion(source, target, None, gguf, GGUF_FILE if target.suffix.lower() in SUFFIXES["gguf"] else "", tuple(notes))
+        return Conversion(source, target, None, gguf, GGUF_FILE if target.suffix.lower() in SUFFIXES["gguf"] else "", tuple(notes), source.read)
     weights = {name: replace(info, dtype=DTYPES[dtype]) if dtype else info for name, info in source.weights.items()}
     form = like.form if like is not None and like.form is not None else source.form
     is_same_form = form.kind == kind and not max_shard_size and not model_parallel and kind != "dcp"
@@ -114,7 +116,7 @@ def plan_conversion(
     stop_ids = tokenizer.stop_ids if tokenizer else frozenset()
     planned = plan_checkpoint(wish, form if is_same_form else None, weights, fields, home, tokenizer, None, stop_ids)
     single_file = next(iter(planned.form.files)) if kind == "torch" and target.suffix.lower() in TORCH_SUFFIXES else ""
-    return Conversion(source, target, planned, None, single_file, (*notes, *planned.notes))
+    return Conversion(source, target, planned, None, single_file, (*notes, *planned.notes), _pass_on(planned, source))
 
 
 def convert(conversion: Conversion, wrote: Callable[[int], None] = lambda _: None) -> None:
@@ -126,7 +128,7 @@ def convert(conversion: Conversion, wrote: Callable[[int], None] = lambda _: Non
     Raises:
         SaveError: no room on the disk, or it cannot be written.
     """
-    target, source = conversion.target, conversion.source
+    target = conversion.target
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < conversion.num_bytes:
@@ -134,9 +136,7 @@ def convert(conversion: Conversion, wrote: Callable[[int], None] = lambda _: Non
     try:
         with files.hold_name(target):
             if conversion.plan is not None:
-                write_checkpoint(
-                    conversion.plan, _pass_on(conversion.plan, source), target, wrote=wrote, single_file=conversion.single_file, replace=False
-                )
+                write_checkpoint(conversion.plan, conversion.read, target, wrote=wrote, single_file=conversion.single_file, replace=False)
             else:
                 _write_gguf_file(conversion, wrote)
     except OSError as error:

@@ -1,5 +1,6 @@
 """Give a spread model its weights, from whatever they are stored in: the one call that training and every tool make."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from tunelib.adapters import AdaptedLinear, draw_adapter, is_of_adapter
 from tunelib.config import read_written
 from tunelib.config.schema import Model
 from tunelib.config.sizes import SIZES
@@ -16,14 +18,16 @@ from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import FormatError
 from tunelib.files import has_manifest
 from tunelib.formats.export import plan_checkpoint
+from tunelib.formats.fingerprint import checksum_of
 from tunelib.formats.found import find_kind, says_what_model
 from tunelib.formats.plan import Plan, Wish
-from tunelib.formats.source import StoredModel, check_files, check_model, open_checkpoint
-from tunelib.formats.tensors import TensorInfo, Where
+from tunelib.formats.source import StoredModel, check_files, check_model, expected_shapes, open_checkpoint
+from tunelib.formats.tensors import Region, TensorInfo, Where, bounds_of
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder, draw_weight
 from tunelib.model.families import hf_config, llama, parse_config
 from tunelib.parallel.reduce import local
+from tunelib.quantize import dequantize, quantize
 
 RUN_CONFIG = "config.toml"
 
@@ -98,21 +102,54 @@ def check_weights(weights: Weights) -> None:
     check_model(weights.stored)
 
 
-def give_weights(model: Decoder, weights: Weights, seed: int) -> None:
+def give_weights(model: Decoder, weights: Weights, seed: int, adapter: Mapping[str, Region] | None = None) -> dict[str, int]:
     """Fill every parameter, each rank its own shards only.
 
     Rows that an embedding or a head has beyond those stored become the mean of the stored ones.
+
+    Args:
+        adapter: where the trained parameters come from, in place of fresh ones.
+
+    Returns:
+        This rank's share of a checksum of each frozen weight, as it is stored; see `tunelib.formats.fingerprint`.
     """
+    checksums: dict[str, int] = {}
+    adapter = adapter or {}
+    shapes = expected_shapes(model.config)
     for name, parameter in model.named_parameters():
         where, target = own_part(parameter), local(parameter.detach())
+        if is_of_adapter(name):
+            continue
+        if parameter.dtype == torch.uint8:
+            where = where[:1]  # whole rows, which are quantised
         if weights.stored is None:
-            target.copy_(draw_weight(model.config, name, parameter.shape, seed)[where])
-        elif weights.stored.tensors[name].info.shape != tuple(parameter.shape):
+            part = draw_weight(model.config, name, shapes[name], seed)[where]
+        elif weights.stored.tensors[name].info.shape != tuple(shapes[name]):
             whole = weights.stored.read(name)
-            fill = whole.mean(dim=0, dtype=torch.float32).to(whole.dtype).expand(parameter.shape[0] - len(whole), -1)
-            target.copy_(torch.cat([whole, fill])[where])
+            fill = whole.mean(dim=0, dtype=torch.float32).to(whole.dtype).expand(shapes[name][0] - len(whole), -1)
+            part = torch.cat([whole, fill])[where]
         else:
-            target.copy_(weights.stored.read(name, where))
+            part = weights.stored.read(name, where)
+        target.copy_(quantize(part.to(target.device)) if parameter.dtype == torch.uint8 else part)
+        if not parameter.requires_grad:
+            checksums[name] = checksum_of(part, bounds_of(where, tuple(shapes[name])), shapes[name])
+    for module_name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            _give_adapter(module_name, module, seed)
+    for name, parameter in model.named_parameters():
+        if name in adapter:
+            local(parameter.detach()).copy_(adapter[name].read(own_part(parameter)))
+    return checksums
+
+
+def _give_adapter(module_name: str, module: AdaptedLinear, seed: int) -> None:
+    """Fresh matrices; and for DoRA the lengths of the base's rows, each rank its own."""
+    for name, matrix in (("lora_A.weight", module.lora_A.weight), ("lora_B.weight", module.lora_B.weight)):
+        local(matrix.detach()).copy_(draw_adapter(f"{module_name}.{name}", matrix.shape, seed)[own_part(matrix)])
+    if module.lora_magnitude_vector is not None:
+        rows = local(module.weight.detach())
+        rows = dequantize(rows, torch.float32) if module.is_quantized else rows
+        local(module.lora_magnitude_vector.detach()).copy_(rows.norm(dim=1))
 
 
 def plan_export_of(
@@ -135,8 +172,8 @@ def plan_export_of(
     stored = weights.stored
     kind = export_format if export_format != "auto" else stored.form.kind if stored is not None else "hf"
     leaving = {
-        name: TensorInfo(name, dtype or (stored.tensors[name].info.dtype if stored else parameter.dtype), tuple(parameter.shape))
-        for name, parameter in model.named_parameters()
+        name: TensorInfo(name, dtype or (stored.tensors[name].info.dtype if stored else model.model.embed_tokens.weight.dtype), tuple(shape))
+        for name, shape in expected_shapes(model.config).items()
     }
     fields = stored.fields if stored is not None else hf_config(weights.config)
     if stored is None or stored.form.kind == "meta":

@@ -12,14 +12,14 @@ from tunelib import files
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import CheckpointError, FormatError, SaveError
 from tunelib.formats.compare import NOT_COMPUTED, different_fields
+from tunelib.formats.live import LiveWeights
 from tunelib.formats.load import own_part
 from tunelib.formats.plan import Plan
 from tunelib.formats.source import StoredModel, check_model, open_checkpoint
 from tunelib.formats.tensors import Where, blocks_of, name_of, same_bits
-from tunelib.formats.write import read_live, write_checkpoint
+from tunelib.formats.write import write_checkpoint
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder
-from tunelib.model.families import family_of
 from tunelib.model.streamed import streamed_logits
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.reduce import agree, agreed, gather_objects, local
@@ -40,17 +40,16 @@ def export_model(plan: Plan, model: Decoder, target: Path, is_main: bool, tokeni
     Raises:
         SaveError: on every rank: it cannot be written, or is not what was trained. An older folder of that name stays as it was.
     """
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    live = LiveWeights(model)
     place = target.with_name(CHECK_FILE)
     with agreed(f"{place} cannot be removed"):
         if is_main:
             place.unlink(missing_ok=True)  # it speaks of an older export
-    read = read_live(tensors, family_of(model.config).EMBEDDING)
 
     def look_back(staging: Path) -> dict[str, Any]:
         return check_export(staging, plan, model, [] if sharded else find_probe(tokenizer, model.config))
 
-    facts = write_checkpoint(plan, read, target, is_main, check=look_back if check else None)
+    facts = write_checkpoint(plan, live.read, target, is_main, check=look_back if check else None)
     with agreed(f"{target} cannot be written"):
         if is_main and facts:
             files.replace_file(place, json.dumps(facts, indent=1) + "\n")
@@ -93,55 +92,57 @@ def check_export(folder: Path, plan: Plan, model: Decoder, probe: list[int]) -> 
         SaveError: on every rank: a weight or a logit is not the live one rounded to the type of the export.
     """
     config = model.config
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    live = LiveWeights(model)
     worst, worst_name, error, stored = 0.0, "", None, None
     try:
         stored = open_checkpoint(folder, plan.fields)
         if fields := different_fields(stored.config, config, exempt=NOT_COMPUTED):
             raise FormatError(f"its config differs from the model's: {'; '.join(fields)}")
         check_model(stored)
-        for name, parameter in tensors.items():
-            live = local(parameter).cpu()
-            for inner, part in _own_blocks(parameter):
-                back, mine = stored.read(name, part), live[inner]
+    except (FormatError, CheckpointError, OSError) as problem:
+        error = SaveError(f"the export was read back, and {problem}")
+    agree(error)
+    assert stored is not None
+    for name in live.names:
+        tensor = live.get(name)  # by all ranks together
+        try:
+            for inner, part in _own_blocks(tensor):
+                back, mine = stored.read(name, part), local(tensor)[inner].cpu()
                 if back.dtype != plan.dtypes[name]:
                     raise FormatError(f"{name} is {name_of(back.dtype)} instead of {name_of(plan.dtypes[name])}")
                 if not same_bits(back, mine.to(back.dtype)):
                     raise FormatError(f"{name} is not what was trained, by up to {(back.double() - mine.double()).abs().max().item():.3g}")
                 if mine.numel() and (distance := (back.double() - mine.double()).abs().max().item()) > worst:
                     worst, worst_name = distance, name
-    except (FormatError, CheckpointError, OSError) as problem:
-        error = SaveError(f"the export was read back, and {problem}")
+        except (FormatError, OSError) as problem:
+            error = error or SaveError(f"the export was read back, and {problem}")
     agree(error)
     distance, name = max(gather_objects((worst, worst_name)))
     facts: dict[str, Any] = {
         "format": plan.form.kind,
         "dtypes": sorted({name_of(dtype) for dtype in plan.dtypes.values()}),
-        "tensors_compared": len(tensors),
+        "tensors_compared": len(live.names),
         "largest_rounding": {"value": distance, "tensor": name},
     }
     with agreed("the export cannot be checked"):
         if probe:
-            assert stored is not None
             facts["logits"] = _compare_logits(stored, config, plan, model, probe)
     return facts
 
 
 def _compare_logits(stored: StoredModel, config: ModelConfig, plan: Plan, model: Decoder, probe: list[int]) -> dict[str, Any]:
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    tied_to = family_of(config).EMBEDDING
-    device = tensors[tied_to].device
+    live, device = LiveWeights(model), model.model.embed_tokens.weight.device
     with forward_only(model):
         own_logits = model(torch.tensor([probe], device=device), torch.arange(len(probe), device=device)[None], (len(probe),))[0].float().cpu()
 
     def read_rounded(name: str, where: Where) -> Tensor:
-        tensor = tensors[name if name in tensors else tied_to]
-        return tensor[where].to(plan.dtypes[name if name in plan.dtypes else tied_to]).cpu()
+        return live.read(name, where).to(plan.dtypes[name]).cpu()
 
     exported, expected = streamed_logits(stored.config, stored.read, probe), streamed_logits(config, read_rounded, probe)
     distance, largest = (exported - own_logits).abs().max().item(), own_logits.abs().max().item()
     beyond_rounding = (exported - expected).abs().max().item()
-    is_rounded = any(plan.dtypes[name] != tensor.dtype for name, tensor in tensors.items()) or tensors[tied_to].dtype.itemsize < 4
+    own_dtype = model.model.embed_tokens.weight.dtype
+    is_rounded = own_dtype.itemsize < 4 or any(plan.dtypes[name] != own_dtype for name in live.names)
     if not same_bits(exported, expected) or (not is_rounded and distance > LOGITS_TOLERANCE * largest):
         what = f"by {beyond_rounding:.3g} beyond the rounding of its type, by {distance:.3g} in all"
         raise SaveError(f"the export was read back, and its logits differ from the trained model's {what}")

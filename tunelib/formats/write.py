@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tunelib import files
 from tunelib.errors import FormatError
@@ -126,20 +125,6 @@ def commit(staging: Path, target: Path, described: dict[str, dict[str, int]], si
     if not replace and target.exists():
         target.rmdir()  # if it is empty
     files.commit_folder(staging, target, described, kind=KIND)
-
-
-def read_live(tensors: dict[str, Tensor], tied_to: str) -> Callable[[str, Where], Tensor]:
-    """Reads a spread model's weights: gathered, one at a time, by all ranks.
-
-    Args:
-        tied_to: the weight that a tied head is.
-    """
-
-    def read(name: str, where: Where) -> Tensor:
-        tensor = tensors[name if name in tensors else tied_to]
-        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)[where]
-
-    return read
 
 
 def _as_stored(tensor: Tensor | Untouched, entry: Entry) -> Tensor | Untouched:

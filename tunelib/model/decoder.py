@@ -117,6 +117,10 @@ def draw_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int) ->
     std = config.initializer_range
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         std /= (2 * config.num_hidden_layers) ** 0.5
+    return torch.empty(shape).normal_(0.0, std, generator=generator_of(seed, name))
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Random numbers on the CPU that follow from (seed, name) alone."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from tunelib.config.schema import Config
+from tunelib.config.schema import Config, Lora
 from tunelib.data.index import Index
 from tunelib.data.loader import TrainData
 from tunelib.observe.metrics import METRICS_FILE
@@ -40,14 +40,24 @@ def describe_documents(data: TrainData) -> str:
 
 
 def opening_lines(
-    config: Config, runtime: Runtime, layout: Layout, model: nn.Module, data_lines: list[str], num_steps: int, weights: str, notes: tuple[str, ...]
+    config: Config,
+    runtime: Runtime,
+    layout: Layout,
+    model: nn.Module,
+    num_parameters: int,
+    data_lines: list[str],
+    num_steps: int,
+    weights: str,
+    notes: tuple[str, ...],
 ) -> list[str]:
     """What is about to happen, in a few lines.
 
     Args:
+        num_parameters: of the model, without adapters.
         notes: what the form of the export cannot hold.
     """
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    adapters = [f"adapters   {describe_adapter(config.lora, trained)}"] if config.lora.enable else []
     training = config.training
     processes = f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''} on {runtime.device.type}"
     how = f"sharded over {layout.num_data_ranks}" if layout.mesh is not None else "not sharded"
@@ -55,11 +65,19 @@ def opening_lines(
     return [
         *([config.job.description] if config.job.description else []),
         f"model      {num_parameters / 1e6:,.1f} M parameters; {weights}",
+        *adapters,
         *(f"{'data' if line is data_lines[0] else '':10} {line}" for line in data_lines),
         f"machine    {processes}, {how}, {dtypes.replace('torch.', '')}",
         f"run        {num_steps:,} steps of {training.global_batch_size} rows of {training.seq_len} tokens",
         *(f"export     {note}" for note in notes),
     ]
+
+
+def describe_adapter(section: Lora, num_trained: int) -> str:
+    """Adapters in a few words."""
+    kind = "DoRA" if section.use_dora else "rsLoRA" if section.use_rslora else "LoRA"
+    base = f", the base in {section.quantize_base}" if section.quantize_base != "none" else ""
+    return f"{kind} of rank {section.rank} on {', '.join(section.target_modules)}{base}; {num_trained / 1e6:,.2f} M parameters are trained"
 
 
 class Summary:
@@ -86,11 +104,14 @@ class Summary:
         self._logged = (self._tokens, self._seconds, self._num_steps)
         return {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}
 
-    def lines(self, step: int, tokens_seen: int, seconds: float, memory_gib: float, folder: Path, checkpoint: Path | None, export: str) -> list[str]:
+    def lines(
+        self, step: int, tokens_seen: int, seconds: float, memory_gib: float, folder: Path, checkpoint: Path | None, export: str, adapter: str = ""
+    ) -> list[str]:
         """The summary, with where each output lies.
 
         Args:
-            export: what the export is, in words.
+            export: what the export is, in words; empty for none.
+            adapter: what the adapter is, in words; empty for none.
         """
         loss = f"; training loss {np.mean(self._losses):.4f} (mean of the last {len(self._losses)} steps)" if self._losses else ""
         first, last = (f"{loss:.4f}" for loss in (self._validations[0], self._validations[-1])) if self._validations else ("", "")
@@ -101,5 +122,6 @@ class Summary:
             f"speed      {rate}{tokens_seen:,} tokens in all; {seconds:.1f} s in this process; peak memory {memory_gib:.2f} GiB",
             f"written    {folder / METRICS_FILE}",
             *([f"           {checkpoint}"] if checkpoint else []),
-            f"           {folder / 'export'}: {export}; go on from it with --checkpoint.initial_load_path",
+            *([f"           {folder / 'adapter'}: {adapter}"] if adapter else []),
+            *([f"           {folder / 'export'}: {export}; go on from it with --checkpoint.initial_load_path"] if export else []),
         ]

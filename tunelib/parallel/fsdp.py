@@ -30,8 +30,11 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, compute_dtype: torch.dtype, red
 def forward_only(model: torch.nn.Module) -> Iterator[None]:
     """A block of forward passes without gradients. After it the parameters are shards again: FSDP2 leaves some gathered for a
     backward pass that does not come."""
+    was_training = model.training
+    model.eval()  # adapters leave nothing out
     with torch.no_grad():
         yield
+    model.train(was_training)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,0 +1,157 @@
+"""Training adapters: the same on one process and on two, resumed exactly, the base neither changed nor saved again."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import foreign
+import pytest
+import torch
+from conftest import TOKENIZER, Run, run_processes, write_chats
+from parity.test_peft import write_lora_toml
+from safetensors.torch import load_file
+
+from tunelib.checkpoint.dcp_reader import SafeReader
+from tunelib.errors import CheckpointError, ConfigError, FormatError
+from tunelib.formats.convert import convert, plan_conversion
+from tunelib.formats.merge import plan_merge
+from tunelib.formats.source import open_checkpoint
+
+KINDS = {"LoRA": "", "DoRA": "use_dora = true", "QLoRA": 'quantize_base = "nf4"', "QDoRA": 'use_dora = true\nquantize_base = "nf4"'}
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # NF4 takes 64 inputs at a time
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    foreign.make_hf(tmp_path / "base", tokenizer=TOKENIZER, **WIDE)
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_chats(tmp_path / "chats.jsonl", 80)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_and_two_train_the_same_adapters(tmp_path: Path, base: Path, data: Path, kind: str) -> None:
+    toml = write_lora_toml(tmp_path / "run.toml", base, data, KINDS[kind])
+    words = [str(toml), "--training.dtype", "float64", "--training.steps", "5", "--checkpoint.export_dtype", "float32"]
+    for world_size in (1, 2):
+        run_processes([[*words, "--job.dump_folder", str(tmp_path / str(world_size))]], world_size)
+    one, two = Run(tmp_path / "1"), Run(tmp_path / "2")
+    assert one.series("loss") == pytest.approx(two.series("loss"), rel=1e-9)
+    assert one.series("grad_norm") == pytest.approx(two.series("grad_norm"), rel=1e-9)
+    assert one.series("loss")[0] != one.series("loss")[-1]
+    adapters = [load_file(run.folder / "adapter/adapter_model.safetensors") for run in (one, two)]
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-9, atol=1e-9)
+    for name, tensor in one.weights().items():
+        torch.testing.assert_close(tensor, two.weights()[name], rtol=1e-6, atol=1e-7)
+    fingerprints = [json.loads((run.folder / "adapter/base_fingerprint.json").read_text()) for run in (one, two)]
+    assert fingerprints[0] == fingerprints[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("extra", ["", "dropout = 0.1"])
+def test_resumed_run_equals_uninterrupted_run_and_saves_no_base(
+    tmp_path: Path, train: Callable[..., Run], base: Path, data: Path, kind: str, extra: str
+) -> None:
+    toml = write_lora_toml(tmp_path / "run.toml", base, data, f"{KINDS[kind]}\n{extra}")
+    saving = ("--checkpoint.enable_checkpoint", "--checkpoint.interval", "2")
+    whole = train(toml, *saving, "--training.steps", "5")
+    half = train(toml, *saving, "--training.steps", "2")
+    again = train(toml, *saving, "--training.steps", "5", folder=half.folder)
+    assert again.series("loss") == whole.series("loss")
+    weights = again.weights()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in whole.weights().items())
+    held = SafeReader(again.folder / "checkpoint/step-5").read_metadata().state_dict_metadata
+    assert not any(name.endswith(("proj.weight", "norm.weight", "embed_tokens.weight")) for name in held)
+    assert any(name.endswith("lora_A.weight") for name in held)
+
+
+def test_resume_beside_another_base_is_an_error(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path) -> None:
+    toml = write_lora_toml(tmp_path / "run.toml", base, data, "")
+    saving = ("--checkpoint.enable_checkpoint",)
+    run = train(toml, *saving, "--training.steps", "2")
+    foreign.make_hf(tmp_path / "other", tokenizer=TOKENIZER, seed=1, **WIDE)
+    (tmp_path / "other/model.safetensors").replace(base / "model.safetensors")
+    with pytest.raises(CheckpointError, match="trained beside other frozen weights"):
+        train(toml, *saving, "--training.steps", "4", folder=run.folder)
+
+
+def test_adapters_alone_are_written_where_that_is_asked_for(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path) -> None:
+    run = train(write_lora_toml(tmp_path / "run.toml", base, data, "save_adapter_weights_only = true"))
+    assert (run.folder / "adapter/adapter_config.json").is_file()
+    assert not (run.folder / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ('target_modules = ["q_prj"]', r"no linear layer is called 'q_prj'; did you mean 'q_proj'"),
+        ('target_modules = ["all-linear", "q_proj"]', r"no linear layer is called 'all-linear'"),
+    ],
+)
+def test_modules_that_are_not_there_are_named(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path, lora: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(write_lora_toml(tmp_path / "run.toml", base, data, lora))
+
+
+def test_narrow_layer_cannot_be_quantised(tmp_path: Path, train: Callable[..., Run], data: Path) -> None:
+    foreign.make_hf(tmp_path / "narrow", tokenizer=TOKENIZER)
+    with pytest.raises(ConfigError, match=r"has 32 inputs, which are not a multiple of 64"):
+        train(write_lora_toml(tmp_path / "run.toml", tmp_path / "narrow", data, 'quantize_base = "nf4"'))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--lora.rank", "8"), r"has r = 4, but lora\.rank is 8"),
+        (("--lora.use_dora",), r"has use_dora = false, but lora\.use_dora is true"),
+        (("--lora.target_modules", "q_proj"), r"is not part of the model's adapter"),
+    ],
+)
+def test_adapter_of_other_settings_is_refused_by_name(
+    tmp_path: Path, train: Callable[..., Run], base: Path, data: Path, words: tuple[str, ...], message: str
+) -> None:
+    toml = write_lora_toml(tmp_path / "run.toml", base, data, "")
+    run = train(toml)
+    with pytest.raises(FormatError, match=message):
+        train(toml, "--lora.adapter_path", str(run.folder / "adapter"), *words)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_merging_later_gives_the_export_of_the_run(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path, kind: str) -> None:
+    run = train(write_lora_toml(tmp_path / "run.toml", base, data, KINDS[kind]))
+    convert(plan_merge(base, run.folder / "adapter", tmp_path / "merged"))
+    for name, tensor in load_file(tmp_path / "merged/model.safetensors").items():
+        torch.testing.assert_close(tensor, run.weights()[name], rtol=1e-6, atol=1e-7)
+    convert(plan_merge(base, run.folder / "adapter", tmp_path / "half", "bfloat16"))
+    for name, tensor in load_file(tmp_path / "half/model.safetensors").items():
+        assert torch.equal(tensor, run.weights()[name].bfloat16()), name
+
+
+def test_merging_in_another_form_gives_the_same_weights(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path) -> None:
+    run = train(write_lora_toml(tmp_path / "run.toml", base, data, ""))
+    convert(plan_conversion(base, tmp_path / "meta", "meta"))
+    convert(plan_merge(tmp_path / "meta", run.folder / "adapter", tmp_path / "merged"))
+    merged, exported = open_checkpoint(tmp_path / "merged"), open_checkpoint(run.folder / "export")
+    assert merged.form.kind == "meta"
+    for name in exported.weights:
+        torch.testing.assert_close(merged.read(name), exported.read(name), rtol=1e-6, atol=1e-7)
+
+
+def test_merging_twice_or_onto_another_base_is_an_error(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path) -> None:
+    run = train(write_lora_toml(tmp_path / "run.toml", base, data, ""))
+    foreign.make_hf(tmp_path / "other", tokenizer=TOKENIZER, seed=1, **WIDE)
+    foreign.make_hf(tmp_path / "narrow", tokenizer=TOKENIZER)
+    for wrong, words in (
+        (run.folder / "export", "trained beside other weights"),
+        (tmp_path / "other", "trained beside other weights"),
+        (tmp_path / "narrow", "has other sizes than its weight"),
+    ):
+        with pytest.raises(FormatError, match=words):
+            plan_merge(wrong, run.folder / "adapter", tmp_path / "out")
+    with pytest.raises(FormatError, match=r"adapter_config\.json does not exist"):
+        plan_merge(base, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

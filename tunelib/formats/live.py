@@ -1,0 +1,54 @@
+"""The weights of a spread model as they leave: what is trained beside a frozen weight is merged into it, on a copy."""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tunelib.adapters import AdaptedLinear, merge
+from tunelib.formats.source import expected_shapes
+from tunelib.formats.tensors import Where
+from tunelib.model.decoder import Decoder
+from tunelib.model.families import family_of
+from tunelib.parallel.reduce import local
+from tunelib.quantize import dequantize
+
+
+class LiveWeights:
+    """Gives a model's weights by Hugging Face name, one at a time. Its methods are collective where the model is sharded.
+
+    Attributes:
+        names: of all weights, without a tied head.
+    """
+
+    def __init__(self, model: Decoder):
+        self.names = list(expected_shapes(model.config))
+        self._tied_to = family_of(model.config).EMBEDDING
+        self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self._adapted = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+    def get(self, name: str) -> Tensor:
+        """A weight, sharded as its parameter is; a tied head is the embedding."""
+        module = self._adapted.get(name)
+        if module is None:
+            return self._parameters[name if name in self._parameters else self._tied_to]
+        weight, rows = module.weight.detach(), local(module.weight.detach())
+        lora_a = module.lora_A.weight.detach()
+        whole_a = lora_a.full_tensor() if isinstance(lora_a, DTensor) else lora_a
+        magnitude = module.lora_magnitude_vector
+        rows = dequantize(rows, whole_a.dtype) if module.is_quantized else rows
+        merged = merge(
+            rows, whole_a, local(module.lora_B.weight.detach()), module.scaling, None if magnitude is None else local(magnitude.detach())
+        ).to(whole_a.dtype)
+        if not isinstance(weight, DTensor):
+            return merged
+        shape = torch.Size((module.out_features, module.in_features))
+        return DTensor.from_local(merged, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=(module.in_features, 1))
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        """A weight, or its part, gathered on every rank."""
+        return gather(self.get(name))[where]
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
