@@ -46,13 +46,25 @@ class AdaptedLinear(nn.Linear):
         if self.lora_magnitude_vector is None:
             result = base + update
         else:
-            with torch.no_grad():  # the length is taken as a constant (Liu et al. 2024, section 4.3)
-                weight = dequantize(self.weight, x.dtype) if self.is_quantized else self.weight
-                lengths = (weight + self.scaling * (self.lora_B.weight @ self.lora_A.weight)).norm(dim=1)
-            scale = self.lora_magnitude_vector / lengths
+            scale = self.lora_magnitude_vector / self._row_lengths()
             inner = base if dropped is x else linear_nf4(dropped, self.weight) if self.is_quantized else F.linear(dropped, self.weight)
             result = base + (scale - 1) * inner + scale * update
         return result if self.bias is None else result + self.bias
+
+    @torch.no_grad()  # a length is taken as a constant (Liu et al. 2024, section 4.3)
+    def _row_lengths(self) -> Tensor:
+        """The length of each row of W + s · B A, (out,), without making that sum: |w + u|² = |w|² + 2 w·u + |u|², worked out in float32 or better.
+
+        With B = 0 it is |w| bit for bit.
+        """
+        weight = dequantize(self.weight, self.lora_A.weight.dtype) if self.is_quantized else self.weight
+        low, high = self.lora_A.weight, self.lora_B.weight
+        precise = torch.promote_types(low.dtype, torch.float32)
+        own = torch.linalg.vector_norm(weight, dim=1, dtype=precise)
+        high = high.to(precise) * self.scaling  # (out, rank)
+        across = (F.linear(weight, low).to(precise) * high).sum(dim=1)  # w·u
+        added = ((high @ (low @ low.T).to(precise)) * high).sum(dim=1)  # |u|²
+        return (own * (1 + (2 * across + added) / own.square()).clamp(min=0).sqrt()).to(low.dtype)
 
 
 def add_adapters(model: Decoder, section: Lora) -> None:

@@ -32,7 +32,8 @@ def quantize(weight: Tensor) -> Tensor:
     borders = (levels[1:] + levels[:-1]) / 2
     blocks = weight.float().reshape(out_features, -1, BLOCK)
     largest = blocks.abs().amax(dim=2)  # (out, in / 64)
-    codes = torch.bucketize(blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[..., None], borders).to(torch.uint8).view(out_features, -1)
+    scaled = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    codes = torch.bucketize(scaled, borders, out_int32=True).to(torch.uint8).view(out_features, -1)
     return torch.cat([codes[:, ::2] * 16 + codes[:, 1::2], largest.contiguous().view(torch.uint8)], dim=1)
 
 
@@ -41,8 +42,9 @@ def dequantize(packed: Tensor, dtype: torch.dtype) -> Tensor:
     out_features, columns = packed.shape
     in_features = columns * 16 // 9
     codes, largest = packed[:, : in_features // 2], packed[:, in_features // 2 :].contiguous().view(torch.float32)  # (out, in / 2), (out, in / 64)
-    pairs = torch.stack((codes >> 4, codes & 15), dim=2).view(out_features, -1, BLOCK).int()
-    return (torch.tensor(LEVELS, device=packed.device)[pairs] * largest[..., None]).view(out_features, in_features).to(dtype)
+    pairs = torch.cartesian_prod(*[torch.tensor(LEVELS, device=packed.device)] * 2)  # (256, 2): the two levels of each byte
+    blocks = F.embedding(codes.int(), pairs).view(out_features, -1, BLOCK)
+    return blocks.mul_(largest[..., None]).view(out_features, in_features).to(dtype)
 
 
 class _LinearNf4(torch.autograd.Function):
