@@ -32,7 +32,7 @@ from tunelib.errors import CheckpointError, Stopped, TunelibError
 from tunelib.files import replace_file
 from tunelib.formats.fingerprint import fingerprint_of
 from tunelib.formats.load import check_weights, check_weights_path, find_tokenizer_folder, find_weights, give_weights, plan_export_of
-from tunelib.formats.peft import check_adapter, export_adapter
+from tunelib.formats.peft import check_adapter, export_adapter, open_adapter, trained_shapes
 from tunelib.formats.prove import describe_export, export_model
 from tunelib.formats.source import expected_shapes
 from tunelib.infer.generate import answer_prompts, encode_prompts
@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
 
         # Arrange the machines.
         layout = build_layout(config.parallelism, runtime)
+        torch.manual_seed((config.training.seed + layout.data_rank) % 2**63)  # what is left out of an input is another share's own affair
         share = Share(layout.data_rank, layout.num_data_ranks, resolve_local_batch_size(config.training, layout.num_data_ranks))
 
         with agreed():
@@ -78,11 +79,8 @@ def main(argv: list[str]) -> None:
             weights = find_weights(config.model, config.checkpoint.initial_load_path, vocab_size, config.training.seq_len)
             model = build_on_meta(weights.config, runtime.param_dtype)
             check_weights(weights)
-            adapter = None
             if config.lora.enable:
                 add_adapters(model, config.lora)
-                shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
-                adapter = check_adapter(Path(config.lora.adapter_path), config.lora, shapes) if config.lora.adapter_path else None
 
             # Data: every document's tokens, and the order, but no batch yet.
             train_data = held_out = None
@@ -116,19 +114,21 @@ def main(argv: list[str]) -> None:
         origin, identity = describe_identity(config, export.fields, train_data)
         check_same(identity, "the model or data")
         with agreed():
+            adapter = adapter_tensors = None
+            if decision.kind == "seed" and config.lora.enable:
+                raise CheckpointError(
+                    f"{decision.folder} holds whole weights: adapters start from it with --checkpoint.initial_load_path, in another folder"
+                )
             if decision.state is not None:
                 check_identity(decision.state.identity, origin if decision.kind == "seed" else identity)
+            elif config.lora.adapter_path:
+                adapter = open_adapter(Path(config.lora.adapter_path))
+                adapter_tensors = check_adapter(adapter, config.lora, weights.config, trained_shapes(model))
             if runtime.is_main:
                 check_own_config(folder / "config.toml")
-        manager.follow(decision)
 
         # Spread the model, which has been on paper so far: FSDP2, then empty storage where each shard belongs.
         spread_model(model, config.parallelism, layout, runtime)
-
-        if decision.kind == "seed" and config.lora.enable:
-            raise CheckpointError(
-                f"{decision.folder} holds whole weights: adapters start from it with --checkpoint.initial_load_path, in another folder"
-            )
 
         # Give weights, unless a full checkpoint will: drawn, or any format straight into the shards. Frozen ones are in no checkpoint.
         base = ""
@@ -136,10 +136,13 @@ def main(argv: list[str]) -> None:
             manager.load(model_tensors(model), decision)
         elif decision.kind == "fresh" or config.lora.enable:
             with agreed():
-                checksums = give_weights(model, weights, config.training.seed, adapter)
+                checksums = give_weights(model, weights, config.training.seed, adapter_tensors, runtime.compute_dtype)
             base = fingerprint_of(checksums)
             if decision.state is not None:
-                check_base(decision.state.base, base)
+                check_base(decision.state.base, base, f"the checkpoint {decision.folder}")
+            elif adapter is not None and adapter.base:
+                check_base(adapter.base, base, f"lora.adapter_path {adapter.folder}")
+        manager.follow(decision)
         if config.checkpoint.create_seed_checkpoint:
             saved = manager.save(model_tensors(model), RunState(0, 0, runtime.world_size, runtime.device.type, origin), kind="seed")
             console.say(f"seed checkpoint written to {saved}; start from it with the same command without create_seed_checkpoint, on any layout")
@@ -245,7 +248,8 @@ def main(argv: list[str]) -> None:
             checkpoint = save()
         adapter_line = export_line = ""
         if config.lora.enable:
-            adapter_line = export_adapter(model, config.lora, config.checkpoint.initial_load_path, base, folder / "adapter", runtime.is_main)
+            origin_path = config.checkpoint.initial_load_path
+            adapter_line = export_adapter(model, config.lora, origin_path, base, own_template, folder / "adapter", runtime.is_main)
         if not config.lora.save_adapter_weights_only:
             check = config.checkpoint.verify_export
             proof = export_model(export, model, folder / "export", runtime.is_main, tokenizer, check, sharded=layout.mesh is not None)
@@ -299,6 +303,7 @@ def describe_identity(config: Config, model: dict[str, Any], train_data: TrainDa
     }
     order = {**train_data.fingerprint, "validation.fraction": config.validation.fraction} if train_data else {}
     section = {**asdict(config.lora), "target_modules": list(config.lora.target_modules)}
+    section["adapter_path"] = os.path.abspath(config.lora.adapter_path) if config.lora.adapter_path else ""
     adapters = {f"lora.{name}": value for name, value in section.items() if name != "save_adapter_weights_only"} if config.lora.enable else {}
     return origin, {**origin, **order, **adapters, "optimizer.name": config.optimizer.name, "training.dtype": config.training.dtype}
 

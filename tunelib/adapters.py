@@ -18,17 +18,19 @@ from tunelib.model.decoder import Decoder, generator_of
 from tunelib.quantize import BLOCK, dequantize, linear_nf4, packed_columns
 
 ALL_LINEAR = "all-linear"
-MARKS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+LORA_A, LORA_B, MAGNITUDE = MARKS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 """How the names of an adapter's parameters end."""
+TRAINED_IN_FULL = {"lm_head": "train_lm_head", "embed_tokens": "train_embeddings"}
+"""What gets no adapter, and the setting that trains it."""
 
 
 class AdaptedLinear(nn.Linear):
-    """A frozen linear layer, in its own type or in NF4, with an adapter beside it. Its weight keeps its name."""
+    """A frozen linear layer, in its own type or in NF4, with an adapter beside it, in float32 or better. Its weight keeps its name."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, section: Lora):
         super().__init__(in_features, out_features, bias)
-        self.rank, self.dropout = section.rank, section.dropout
-        self.scaling = section.alpha / (math.sqrt(section.rank) if section.use_rslora else section.rank)
+        self.dropout = section.dropout
+        self.scaling = scaling_of(section.rank, section.alpha, section.use_rslora)
         self.lora_A = nn.Linear(in_features, section.rank, bias=False)
         self.lora_B = nn.Linear(section.rank, out_features, bias=False)
         self.lora_magnitude_vector = nn.Parameter(torch.empty(out_features)) if section.use_dora else None
@@ -41,30 +43,44 @@ class AdaptedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        base = linear_nf4(x, self.weight) if self.is_quantized else F.linear(x, self.weight)
-        update = self.lora_B(self.lora_A(dropped)) * self.scaling
+        base = self._linear(x, self.bias)
+        update = F.linear(F.linear(dropped, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype)) * self.scaling
         if self.lora_magnitude_vector is None:
-            result = base + update
-        else:
-            scale = self.lora_magnitude_vector / self._row_lengths()
-            inner = base if dropped is x else linear_nf4(dropped, self.weight) if self.is_quantized else F.linear(dropped, self.weight)
-            result = base + (scale - 1) * inner + scale * update
-        return result if self.bias is None else result + self.bias
+            return base + update
+        scale = self.lora_magnitude_vector / self._row_lengths(x.dtype).to(self.lora_magnitude_vector.dtype)
+        inner = self._linear(dropped, None) if dropped is not x else base if self.bias is None else base - self.bias
+        return base + (scale - 1).to(x.dtype) * inner + scale.to(x.dtype) * update
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_nf4(x, self.weight, bias) if self.is_quantized else F.linear(x, self.weight, bias)
 
     @torch.no_grad()  # a length is taken as a constant (Liu et al. 2024, section 4.3)
-    def _row_lengths(self) -> Tensor:
-        """The length of each row of W + s · B A, (out,), without making that sum: |w + u|² = |w|² + 2 w·u + |u|², worked out in float32 or better.
+    def _row_lengths(self, dtype: torch.dtype) -> Tensor:
+        """The length of each row of W + s · B A, (out,), without making that sum: |w + u|² = |w|² + 2 w·u + |u|².
 
-        With B = 0 it is |w| bit for bit.
+        With B = 0 it is that of `row_lengths`, bit for bit.
+
+        Args:
+            dtype: that layers compute in.
         """
-        weight = dequantize(self.weight, self.lora_A.weight.dtype) if self.is_quantized else self.weight
-        low, high = self.lora_A.weight, self.lora_B.weight
-        precise = torch.promote_types(low.dtype, torch.float32)
-        own = torch.linalg.vector_norm(weight, dim=1, dtype=precise)
-        high = high.to(precise) * self.scaling  # (out, rank)
-        across = (F.linear(weight, low).to(precise) * high).sum(dim=1)  # w·u
-        added = ((high @ (low @ low.T).to(precise)) * high).sum(dim=1)  # |u|²
-        return (own * (1 + (2 * across + added) / own.square()).clamp(min=0).sqrt()).to(low.dtype)
+        weight = dequantize(self.weight, dtype) if self.is_quantized else self.weight
+        own = row_lengths(weight)
+        low = self.lora_A.weight.to(own.dtype)
+        high = self.lora_B.weight.to(own.dtype) * self.scaling  # (out, rank)
+        across = (F.linear(weight, low.to(dtype)).to(own.dtype) * high).sum(dim=1)  # w·u
+        added = ((high @ (low @ low.T)) * high).sum(dim=1)  # |u|²
+        lengths = own * (1 + (2 * across + added) / own.square()).clamp(min=0).sqrt()
+        return torch.where(own > 0, lengths, added.sqrt()).clamp(min=torch.finfo(own.dtype).tiny)
+
+
+def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
+    """What B A is multiplied with."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def row_lengths(weight: Tensor) -> Tensor:
+    """(out, in) → (out,), in float32 or better: what DoRA's magnitudes begin as."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 def add_adapters(model: Decoder, section: Lora) -> None:
@@ -76,14 +92,18 @@ def add_adapters(model: Decoder, section: Lora) -> None:
     linear = {name.rpartition(".")[2] for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
     wanted = linear if section.target_modules == (ALL_LINEAR,) else set(section.target_modules)
     for name in sorted(wanted - linear):
-        near = difflib.get_close_matches(name, [*linear, ALL_LINEAR], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(linear))}, or {ALL_LINEAR!r} alone"
+        if name == ALL_LINEAR:
+            raise ConfigError(f"lora.target_modules: {ALL_LINEAR!r} stands alone, as it means all of {', '.join(sorted(linear))}")
+        if name in TRAINED_IN_FULL:
+            raise ConfigError(f"lora.target_modules: {name!r} gets no adapter; lora.{TRAINED_IN_FULL[name]} trains it in full")
+        near = difflib.get_close_matches(name.rpartition(".")[2] or name, [*linear, ALL_LINEAR], n=1)
+        hint = f"did you mean {near[0]!r}?" if near and "*" not in name else f"there are {', '.join(sorted(linear))}, or {ALL_LINEAR!r} alone"
         raise ConfigError(f"lora.target_modules: no linear layer is called {name!r}; {hint}")
     model.requires_grad_(False)
     dtype = model.model.embed_tokens.weight.dtype
     for parent in list(model.model.modules()):
         for name, module in list(parent.named_children()):
-            if isinstance(module, nn.Linear) and not isinstance(parent, AdaptedLinear) and name in wanted:
+            if isinstance(module, nn.Linear) and name in wanted:
                 setattr(parent, name, _adapt(module, name, section, dtype))
     model.model.embed_tokens.requires_grad_(section.train_embeddings)
     if section.train_lm_head:
@@ -92,15 +112,16 @@ def add_adapters(model: Decoder, section: Lora) -> None:
 
 def _adapt(linear: nn.Linear, name: str, section: Lora, dtype: torch.dtype) -> AdaptedLinear:
     with torch.device("meta"):
-        adapted = AdaptedLinear(linear.in_features, linear.out_features, linear.bias is not None, section).to(dtype)
+        adapted = AdaptedLinear(linear.in_features, linear.out_features, linear.bias is not None, section)
+        adapted.to(torch.promote_types(dtype, torch.float32))  # small steps would be lost in less
+        weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype)
         if section.quantize_base == "nf4":
             if linear.in_features % BLOCK:
                 raise ConfigError(f'lora.quantize_base = "nf4": {name} has {linear.in_features} inputs, which are not a multiple of {BLOCK}')
-            packed = torch.empty(linear.out_features, packed_columns(linear.in_features), dtype=torch.uint8)
-            adapted.weight = nn.Parameter(packed, requires_grad=False)
-    adapted.weight.requires_grad_(False)
-    if adapted.bias is not None:
-        adapted.bias.requires_grad_(False)
+            weight = torch.empty(linear.out_features, packed_columns(linear.in_features), dtype=torch.uint8)
+        adapted.weight = nn.Parameter(weight, requires_grad=False)
+        if adapted.bias is not None:
+            adapted.bias = nn.Parameter(torch.empty(linear.out_features, dtype=dtype), requires_grad=False)
     return adapted
 
 
@@ -111,7 +132,7 @@ def is_of_adapter(name: str) -> bool:
 
 def draw_adapter(name: str, shape: torch.Size, seed: int) -> Tensor:
     """A fresh A or B as the full float32 tensor on the CPU, a function of (seed, name): A as Kaiming's uniform with a = sqrt(5), B zeros."""
-    if name.endswith(".lora_B.weight"):
+    if name.endswith(LORA_B):
         return torch.zeros(shape)
     bound = 1 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator_of(seed, name))
@@ -125,4 +146,6 @@ def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnit
     """
     precise = torch.promote_types(weight.dtype, torch.float32)
     merged = weight.to(precise) + scaling * (lora_b.to(precise) @ lora_a.to(precise))
-    return merged if magnitude is None else merged * (magnitude.to(precise) / merged.norm(dim=1))[:, None]
+    if magnitude is None:
+        return merged
+    return merged * (magnitude.to(precise) / merged.norm(dim=1).clamp(min=torch.finfo(precise).tiny))[:, None]

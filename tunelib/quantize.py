@@ -6,6 +6,8 @@ blocks' magnitudes in float32. So its rows stay whole, shard like those of any o
 What it gives up: the second quantisation of the magnitudes, which would save 0.37 bits more per number.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,10 +32,10 @@ def quantize(weight: Tensor) -> Tensor:
     assert in_features % BLOCK == 0, in_features
     levels = torch.tensor(LEVELS, device=weight.device)
     borders = (levels[1:] + levels[:-1]) / 2
-    blocks = weight.float().reshape(out_features, -1, BLOCK)
+    blocks = weight.float().reshape(out_features, in_features // BLOCK, BLOCK)
     largest = blocks.abs().amax(dim=2)  # (out, in / 64)
     scaled = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-    codes = torch.bucketize(scaled, borders, out_int32=True).to(torch.uint8).view(out_features, -1)
+    codes = torch.bucketize(scaled, borders, out_int32=True).to(torch.uint8).view(out_features, in_features)
     return torch.cat([codes[:, ::2] * 16 + codes[:, 1::2], largest.contiguous().view(torch.uint8)], dim=1)
 
 
@@ -42,24 +44,29 @@ def dequantize(packed: Tensor, dtype: torch.dtype) -> Tensor:
     out_features, columns = packed.shape
     in_features = columns * 16 // 9
     codes, largest = packed[:, : in_features // 2], packed[:, in_features // 2 :].contiguous().view(torch.float32)  # (out, in / 2), (out, in / 64)
-    pairs = torch.cartesian_prod(*[torch.tensor(LEVELS, device=packed.device)] * 2)  # (256, 2): the two levels of each byte
-    blocks = F.embedding(codes.int(), pairs).view(out_features, -1, BLOCK)
+    blocks = F.embedding(codes.int(), _level_pairs(packed.device)).view(out_features, in_features // BLOCK, BLOCK)
     return blocks.mul_(largest[..., None]).view(out_features, in_features).to(dtype)
+
+
+@cache
+def _level_pairs(device: torch.device) -> Tensor:
+    """(256, 2): the two levels of each byte."""
+    return torch.cartesian_prod(*[torch.tensor(LEVELS, device=device)] * 2)
 
 
 class _LinearNf4(torch.autograd.Function):
     """x Wᵀ with W in NF4: neither pass keeps W in full."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(packed)
-        return F.linear(x, dequantize(packed, x.dtype))
+        return F.linear(x, dequantize(packed, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ dequantize(ctx.saved_tensors[0], grad.dtype), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad @ dequantize(ctx.saved_tensors[0], grad.dtype), None, None
 
 
-def linear_nf4(x: Tensor, packed: Tensor) -> Tensor:
-    """x (…, in) times a quantised matrix, → (…, out)."""
-    return _LinearNf4.apply(x, packed)
+def linear_nf4(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, in) times a quantised matrix, plus a frozen bias (out,), → (…, out)."""
+    return _LinearNf4.apply(x, packed, bias)

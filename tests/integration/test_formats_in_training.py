@@ -156,15 +156,16 @@ def test_two_processes_export_what_one_does(tmp_path: Path, forms: dict[str, Pat
 
 
 def test_second_stage_starts_from_the_export_of_the_first(tmp_path: Path, train: Callable[..., Run]) -> None:
-    """Pretrain on text, then train on chats, then on chats again: three TOMLs, each starting where the last one ended."""
+    """Pretrain on text, then train on chats, then adapters on chats: three TOMLs, each starting where the last one ended."""
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"The amber fjord number {number} is calm."}) + "\n" for number in range(60)))
     first = train(write_toml(tmp_path / "1.toml", tmp_path / "text.jsonl", "[validation]\nenable = true\nfraction = 0.2\n"), "--training.steps", "3")
     chats = write_chats(tmp_path / "chats.jsonl", 60)
     extra = "[validation]\nenable = true\nfraction = 0.2\n[checkpoint]\ninitial_load_path = '{}'\n"
     second = train(write_bare_toml(tmp_path / "2.toml", chats, extra.format(first.folder / "export")))
-    third = train(write_bare_toml(tmp_path / "3.toml", chats, extra.format(second.folder / "export")))
+    third = train(write_bare_toml(tmp_path / "3.toml", chats, extra.format(second.folder / "export") + "[lora]\nenable = true\nrank = 4\n"))
     assert third.series("validation_loss")[0] == pytest.approx(second.series("validation_loss")[-1], rel=1e-6)
     assert open_checkpoint(third.folder / "export").fields == open_checkpoint(second.folder / "export").fields
+    assert (third.folder / "adapter/adapter_model.safetensors").is_file()
 
 
 SNIPPET = """

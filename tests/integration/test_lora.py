@@ -1,16 +1,20 @@
 """Training adapters: the same on one process and on two, resumed exactly, the base neither changed nor saved again."""
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import foreign
 import pytest
 import torch
-from conftest import TOKENIZER, Run, run_processes, write_chats
+from conftest import ROOT, TOKENIZER, Run, free_port, run_processes, write_chats
 from parity.test_peft import write_lora_toml
 from safetensors.torch import load_file
 
+from tunelib.adapters import AdaptedLinear
 from tunelib.checkpoint.dcp_reader import SafeReader
 from tunelib.errors import CheckpointError, ConfigError, FormatError
 from tunelib.formats.convert import convert, plan_conversion
@@ -69,6 +73,52 @@ def test_resumed_run_equals_uninterrupted_run_and_saves_no_base(
     assert any(name.endswith("lora_A.weight") for name in held)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_base_has_neither_gradients_nor_optimizer_state_and_nf4_is_small(
+    tmp_path: Path, train: Callable[..., Run], base: Path, data: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train as program
+
+    step, seen = program.train_step, []
+
+    def watched_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *words: object) -> tuple[float, float]:
+        def look(*facts: float) -> None:
+            frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            assert all(parameter.grad is None for parameter in frozen)
+            assert all(parameter.grad is not None for parameter in trained)
+            assert {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} == {id(parameter) for parameter in trained}
+            adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+            numbers = sum(module.in_features * module.out_features for module in adapted)
+            seen.append(sum(module.weight.nbytes for module in adapted) / numbers)
+
+        monkeypatch.setattr(program, "check_finite", look)
+        return step(model, optimizer, *words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(program, "train_step", watched_step)
+    train(write_lora_toml(tmp_path / "run.toml", base, data, KINDS[kind]))
+    assert seen == [0.5625 if "nf4" in KINDS[kind] else 4.0] * 3
+
+
+def test_gradients_of_the_base_are_not_sent(tmp_path: Path, base: Path) -> None:
+    port = str(free_port())
+    program = str(ROOT / "tests/integration/count_traffic.py")
+    workers = [
+        subprocess.Popen([sys.executable, program, str(base), str(rank), port], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    for output in outputs:
+        reduced, trained, frozen = map(int, re.findall(r"(?:reduced|trained|gradients) (\d+)", output))
+        assert trained <= reduced <= 1.01 * trained, output  # rows that do not divide by two are padded
+        assert frozen == 0
+
+
 def test_resume_beside_another_base_is_an_error(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path) -> None:
     toml = write_lora_toml(tmp_path / "run.toml", base, data, "")
     saving = ("--checkpoint.enable_checkpoint",)
@@ -89,7 +139,7 @@ def test_adapters_alone_are_written_where_that_is_asked_for(tmp_path: Path, trai
     ("lora", "words"),
     [
         ('target_modules = ["q_prj"]', r"no linear layer is called 'q_prj'; did you mean 'q_proj'"),
-        ('target_modules = ["all-linear", "q_proj"]', r"no linear layer is called 'all-linear'"),
+        ('target_modules = ["all-linear", "q_proj"]', r"'all-linear' stands alone"),
     ],
 )
 def test_modules_that_are_not_there_are_named(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path, lora: str, words: str) -> None:
@@ -106,7 +156,7 @@ def test_narrow_layer_cannot_be_quantised(tmp_path: Path, train: Callable[..., R
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--lora.rank", "8"), r"has r = 4, but lora\.rank is 8"),
+        (("--lora.rank", "8"), r"has rank = 4, but lora\.rank is 8"),
         (("--lora.use_dora",), r"has use_dora = false, but lora\.use_dora is true"),
         (("--lora.target_modules", "q_proj"), r"is not part of the model's adapter"),
     ],

@@ -37,7 +37,7 @@ def test_head_and_embedding_are_trained_where_that_is_asked_for(which: str) -> N
 def test_named_modules_get_an_adapter_and_no_others() -> None:
     model = adapted(target_modules=("q_proj", "down_proj"))
     assert {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, AdaptedLinear)} == {"q_proj", "down_proj"}
-    with pytest.raises(ConfigError, match=r"no linear layer is called 'lm_head'; there are down_proj, gate_proj"):
+    with pytest.raises(ConfigError, match=r"'lm_head' gets no adapter; lora.train_lm_head trains it in full"):
         adapted(target_modules=("lm_head",))
 
 

@@ -259,19 +259,24 @@ def check_identity(saved: dict[str, Any], today: dict[str, Any]) -> None:
     changed = list_changes("", saved, today)
     causes = {name: line for name, line in changed.items() if not name.startswith(CONSEQUENCES)}
     if lines := list((causes or changed).values()):
+        holds_all = not any(name.startswith("lora.") for name in {*saved, *today})
+        weights = " (and the checkpoint's weights to --checkpoint.initial_load_path)" if holds_all else ""
         raise CheckpointError(
             "the checkpoint belongs to another run; since then there changed:\n" + "\n".join(lines) + "\n"
-            "Set them back, or give --job.dump_folder a new folder (and the checkpoint's weights to --checkpoint.initial_load_path), "
-            "or start over with --checkpoint.resume never."
+            f"Set them back, or give --job.dump_folder a new folder{weights}, or start over with --checkpoint.resume never."
         )
 
 
-def check_base(saved: str, today: str) -> None:
-    """Stop a run that would go on with adapters that were trained beside other frozen weights; raises CheckpointError on every rank."""
+def check_base(saved: str, today: str, whose: str) -> None:
+    """Stop a run that would go on with adapters that were trained beside other frozen weights; raises CheckpointError on every rank.
+
+    Args:
+        whose: where the adapters come from, for the message.
+    """
     if saved != today:
         error = CheckpointError(
-            "the checkpoint's adapters were trained beside other frozen weights than checkpoint.initial_load_path has: put the old ones back, or "
-            "give --job.dump_folder a new folder"
+            f"the adapters of {whose} were trained beside other frozen weights than checkpoint.initial_load_path has (or they are merged into them "
+            "already): put those there, or give --job.dump_folder a new folder and start with fresh adapters"
         )
         error.agreed = True
         raise error

@@ -250,6 +250,15 @@ def find_export_fault(checked: Checked) -> Iterator[str]:
         yield f"{place}: is the export that this run would replace at its end; give job.dump_folder another folder"
 
 
+def find_adapter_fault(checked: Checked) -> Iterator[str]:
+    """Adapters beside nothing, or of a base that nobody keeps."""
+    section = checked.config.lora
+    if section.enable and not (section.target_modules and all(section.target_modules)):
+        yield f'{checked.at("lora.target_modules")}: names no layer; give "all-linear", or names such as "q_proj"'
+    if section.enable and section.save_adapter_weights_only and not checked.config.checkpoint.initial_load_path:
+        yield f"{checked.at('lora.save_adapter_weights_only')}: leaves an adapter whose base is drawn from training.seed, and kept nowhere; remove it"
+
+
 def find_long_rows(checked: Checked, longest: object, source: str) -> Iterator[str]:
     if checked.config.training.seq_len > longest:  # type: ignore[operator]  # both are int
         yield f"{checked.at('training.seq_len')}: the model takes at most {longest} tokens ({source}); set training.seq_len = {longest} or less"
@@ -262,6 +271,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("validation.enable", "validation.path", "validation.split", "validation.fraction", "dataset.hub", "dataset.streaming"), find_validation_fault),
     (("checkpoint.interval_type", "dataset.streaming"), find_epoch_fault),
     (("checkpoint.folder",), find_folder_fault),
+    (("lora.", "checkpoint.initial_load_path"), find_adapter_fault),
     (("parallelism.",), find_degree_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),
     (("model.", "checkpoint.initial_load_path"), find_model_fault),

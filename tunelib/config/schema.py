@@ -278,7 +278,7 @@ class Lora:
     enable: bool = False
     """Freeze the model and train adapters."""
     rank: Count = 16
-    """Columns of the two small matrices of an adapter."""
+    """Inner size of an adapter: A is (rank, in), B is (out, rank)."""
     alpha: Positive = 32.0
     """What the adapter adds is scaled by alpha / rank."""
     dropout: Annotated[float, Bounds(minimum=0, maximum=0.999)] = 0.0
@@ -290,9 +290,9 @@ class Lora:
     use_dora: bool = False
     """Train the length of each row of the sum too (DoRA)."""
     train_lm_head: bool = False
-    """Train the head in full."""
+    """Train the head in full; where it is tied to the embedding, that too."""
     train_embeddings: bool = False
-    """Train the embedding in full."""
+    """Train the embedding in full; where the head is tied to it, that too."""
     quantize_base: Literal["none", "nf4"] = "none"
     """Keep the frozen weights of adapted layers in four bits (QLoRA): about 0.56 bytes per weight."""
     adapter_path: Path = ""

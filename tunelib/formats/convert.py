@@ -68,6 +68,7 @@ def plan_conversion(
     max_shard_size: str = "",
     model_parallel: int = 0,
     names: str = "",
+    chat_template: str | None = None,
 ) -> Conversion:
     """Look at both ends and prove that the conversion is complete.
 
@@ -78,6 +79,7 @@ def plan_conversion(
         model_parallel: files of Meta's form.
         names: "meta" for a DCP folder with Meta's names, as torchtitan has it, or "hf"; empty for those of a DCP folder that it comes from or
             is like, else Hugging Face's.
+        chat_template: in place of the tokenizer's own.
 
     Raises:
         FormatError: what cannot be read, does not fit together, or cannot be written as asked.
@@ -114,7 +116,7 @@ def plan_conversion(
     if source.form.kind == "meta" and kind != "meta" and like is None and tokenizer is not None:
         fields = tokenizer.special_ids | fields
     stop_ids = tokenizer.stop_ids if tokenizer else frozenset()
-    planned = plan_checkpoint(wish, form if is_same_form else None, weights, fields, home, tokenizer, None, stop_ids)
+    planned = plan_checkpoint(wish, form if is_same_form else None, weights, fields, home, tokenizer, chat_template, stop_ids)
     single_file = next(iter(planned.form.files)) if kind == "torch" and target.suffix.lower() in TORCH_SUFFIXES else ""
     return Conversion(source, target, planned, None, single_file, (*notes, *planned.notes), _pass_on(planned, source))
 

@@ -24,10 +24,16 @@ class LiveWeights:
         self.names = list(expected_shapes(model.config))
         self._tied_to = family_of(model.config).EMBEDDING
         self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self._merged: tuple[str, Tensor] = ("", torch.empty(0))
         self._adapted = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
     def get(self, name: str) -> Tensor:
         """A weight, sharded as its parameter is; a tied head is the embedding."""
+        if self._merged[0] != name:  # where files hold parts of a tensor, it is asked for again and again
+            self._merged = (name, self._make(name))
+        return self._merged[1]
+
+    def _make(self, name: str) -> Tensor:
         module = self._adapted.get(name)
         if module is None:
             return self._parameters[name if name in self._parameters else self._tied_to]

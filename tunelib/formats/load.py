@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from tunelib.adapters import AdaptedLinear, draw_adapter, is_of_adapter
+from tunelib.adapters import LORA_A, LORA_B, AdaptedLinear, draw_adapter, is_of_adapter, row_lengths
 from tunelib.config import read_written
 from tunelib.config.schema import Model
 from tunelib.config.sizes import SIZES
@@ -102,13 +102,16 @@ def check_weights(weights: Weights) -> None:
     check_model(weights.stored)
 
 
-def give_weights(model: Decoder, weights: Weights, seed: int, adapter: Mapping[str, Region] | None = None) -> dict[str, int]:
+def give_weights(
+    model: Decoder, weights: Weights, seed: int, adapter: Mapping[str, Region] | None = None, compute_dtype: torch.dtype | None = None
+) -> dict[str, int]:
     """Fill every parameter, each rank its own shards only.
 
     Rows that an embedding or a head has beyond those stored become the mean of the stored ones.
 
     Args:
         adapter: where the trained parameters come from, in place of fresh ones.
+        compute_dtype: of the forward pass, where it is not that of the parameters.
 
     Returns:
         This rank's share of a checksum of each frozen weight, as it is stored; see `tunelib.formats.fingerprint`.
@@ -132,24 +135,28 @@ def give_weights(model: Decoder, weights: Weights, seed: int, adapter: Mapping[s
             part = weights.stored.read(name, where)
         target.copy_(quantize(part.to(target.device)) if parameter.dtype == torch.uint8 else part)
         if not parameter.requires_grad:
-            checksums[name] = checksum_of(part, bounds_of(where, tuple(shapes[name])), shapes[name])
+            first, *rest = bounds_of(where, tuple(shapes[name]))
+            stored_rows = weights.stored.tensors[name].info.shape[0] if weights.stored is not None else shapes[name][0]
+            last = max(first[0], min(first[1], stored_rows))  # rows that were added here are not the base's
+            checksums[name] = checksum_of(part[: last - first[0]], [(first[0], last), *rest])
     for module_name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
-            _give_adapter(module_name, module, seed)
+            _give_adapter(module_name, module, seed, compute_dtype)
     for name, parameter in model.named_parameters():
         if name in adapter:
             local(parameter.detach()).copy_(adapter[name].read(own_part(parameter)))
     return checksums
 
 
-def _give_adapter(module_name: str, module: AdaptedLinear, seed: int) -> None:
-    """Fresh matrices; and for DoRA the lengths of the base's rows, each rank its own."""
-    for name, matrix in (("lora_A.weight", module.lora_A.weight), ("lora_B.weight", module.lora_B.weight)):
-        local(matrix.detach()).copy_(draw_adapter(f"{module_name}.{name}", matrix.shape, seed)[own_part(matrix)])
+def _give_adapter(module_name: str, module: AdaptedLinear, seed: int, compute_dtype: torch.dtype | None) -> None:
+    """Fresh matrices; and for DoRA the lengths of the base's rows as it computes with them, each rank its own."""
+    for mark, matrix in ((LORA_A, module.lora_A.weight), (LORA_B, module.lora_B.weight)):
+        local(matrix.detach()).copy_(draw_adapter(module_name + mark, matrix.shape, seed)[own_part(matrix)])
     if module.lora_magnitude_vector is not None:
         rows = local(module.weight.detach())
-        rows = dequantize(rows, torch.float32) if module.is_quantized else rows
-        local(module.lora_magnitude_vector.detach()).copy_(rows.norm(dim=1))
+        dtype = compute_dtype or (module.lora_A.weight.dtype if module.is_quantized else rows.dtype)
+        rows = dequantize(rows, dtype) if module.is_quantized else rows.to(dtype)
+        local(module.lora_magnitude_vector.detach()).copy_(row_lengths(rows))
 
 
 def plan_export_of(

@@ -1,27 +1,28 @@
 """Merge an adapter into the weights that it was trained beside: a conversion that adds to what it reads."""
 
-import math
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from tunelib import files
-from tunelib.adapters import is_of_adapter, merge
+from tunelib.adapters import LORA_A, LORA_B, MAGNITUDE, merge
 from tunelib.errors import FormatError
 from tunelib.formats.convert import Conversion, plan_conversion
 from tunelib.formats.fingerprint import fingerprint_stored
 from tunelib.formats.found import find_kind
-from tunelib.formats.peft import BASE_FINGERPRINT, read_adapter
+from tunelib.formats.peft import StoredAdapter, open_adapter, tied_tensors
 from tunelib.formats.source import StoredModel
 from tunelib.formats.tensors import Region, Untouched, Where
-
-LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+from tunelib.model.families import family_of
+from tunelib.quantize import dequantize, quantize
 
 
 def plan_merge(base_path: Path, adapter_path: Path, target: Path, dtype: str = "") -> Conversion:
     """Look at a base and an adapter, and prove that they belong together; the target has the base's form.
+
+    Where the adapter was trained beside a quantised base, the layers that it adapts are those of that base.
 
     Args:
         dtype: of all tensors; empty for those that they have.
@@ -29,41 +30,49 @@ def plan_merge(base_path: Path, adapter_path: Path, target: Path, dtype: str = "
     Raises:
         FormatError: the adapter is none, is of another model, or was trained beside other weights, such as ones that it was merged into.
     """
-    config, tensors = read_adapter(adapter_path)
-    conversion = plan_conversion(base_path, target, find_kind(base_path), dtype)
+    adapter = open_adapter(adapter_path)
+    conversion = plan_conversion(base_path, target, find_kind(base_path), dtype, chat_template=adapter.chat_template)
     base = conversion.source
-    adapted = {name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)}
-    whole = {name for name in tensors if not is_of_adapter(name)}
-    _check_shapes(base, adapter_path, adapted, tensors)
+    family, is_tied = family_of(base.config), base.config.tie_word_embeddings
+    tensors = tied_tensors(adapter, base.config)
+    _check_shapes(base, adapter, tensors)
     notes = list(conversion.notes)
-    if (adapter_path / BASE_FINGERPRINT).is_file():
-        expected = files.read_json(adapter_path / BASE_FINGERPRINT, FormatError).get("base")
-        if fingerprint_stored(base, [name for name in base.weights if name not in whole]) != expected:
+    if adapter.base:
+        if fingerprint_stored(base, [name for name in base.weights if name not in adapter.whole]) != adapter.base:
             raise FormatError(f"{adapter_path} was trained beside other weights than {base_path} holds: is it merged already, or another base?")
     else:
         notes.append(f"{adapter_path} does not say beside which weights it was trained: see to it that these are not merged already")
-    scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    if adapter.quantized != "none":
+        notes.append(f"{adapter_path} was trained beside a base in {adapter.quantized}: the weights that it adapts are merged as rounded to that")
 
     @lru_cache(maxsize=1)  # where files hold parts of a tensor, the others' come next
     def read_merged(module: str) -> Tensor:
-        magnitude = tensors.get(module + MAGNITUDE)
-        low, high = tensors[module + LORA_A].read(), tensors[module + LORA_B].read()
-        return merge(base.read(f"{module}.weight"), low, high, scaling, magnitude.read() if magnitude else None)
+        weight = base.read(f"{module}.weight")
+        if adapter.quantized != "none":
+            weight = dequantize(quantize(weight), torch.promote_types(weight.dtype, torch.float32))
+        magnitude = tensors[module + MAGNITUDE].read() if adapter.use_dora else None
+        return merge(weight, tensors[module + LORA_A].read(), tensors[module + LORA_B].read(), adapter.scaling, magnitude)
 
     def read(name: str, where: Where) -> Tensor | Untouched:
-        if name in whole:
+        name = family.EMBEDDING if is_tied and name == family.HEAD else name
+        if name in tensors:
             return tensors[name].read(where)
         module = name.removesuffix(".weight")
-        return read_merged(module)[where] if module in adapted else conversion.read(name, where)
+        return read_merged(module)[where] if module in adapter.modules else conversion.read(name, where)
 
     return replace(conversion, notes=tuple(notes), read=read)
 
 
-def _check_shapes(base: StoredModel, adapter_path: Path, adapted: set[str], tensors: dict[str, Region]) -> None:
-    for module in sorted(adapted):
+def _check_shapes(base: StoredModel, adapter: StoredAdapter, tensors: dict[str, Region]) -> None:
+    for module in sorted(adapter.modules):
         info = base.weights.get(f"{module}.weight")
         if info is None:
-            raise FormatError(f"{adapter_path} has an adapter for {module}, which {base.path} does not have")
-        a, b = tensors[module + LORA_A].shape, tensors.get(module + LORA_B)
-        if b is None or (b.shape[0], a[1], a[0]) != (*info.shape, b.shape[1]):
-            raise FormatError(f"{adapter_path}: the adapter for {module} has other sizes than its weight, {list(info.shape)}, in {base.path}")
+            raise FormatError(f"{adapter.folder} has an adapter for {module}, which {base.path} does not have")
+        if info.shape != (tensors[module + LORA_B].shape[0], tensors[module + LORA_A].shape[1]):
+            raise FormatError(f"{adapter.folder}: the adapter for {module} has other sizes than its weight, {list(info.shape)}, in {base.path}")
+    for name in sorted(adapter.whole & tensors.keys()):
+        info = base.weights.get(name)
+        if info is None or info.shape != tensors[name].shape:
+            found = f"is {list(info.shape)}" if info is not None else "is not there"
+            own = f"{adapter.folder} has {name} {list(tensors[name].shape)}"
+            raise FormatError(f"{own}, which {found} in {base.path}; if the run resized it, take its export")

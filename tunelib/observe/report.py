@@ -75,7 +75,7 @@ def opening_lines(
 
 def describe_adapter(section: Lora, num_trained: int) -> str:
     """Adapters in a few words."""
-    kind = "DoRA" if section.use_dora else "rsLoRA" if section.use_rslora else "LoRA"
+    kind = ("rs" if section.use_rslora else "") + ("DoRA" if section.use_dora else "LoRA")
     base = f", the base in {section.quantize_base}" if section.quantize_base != "none" else ""
     return f"{kind} of rank {section.rank} on {', '.join(section.target_modules)}{base}; {num_trained / 1e6:,.2f} M parameters are trained"
 

@@ -32,9 +32,11 @@ def forward_only(model: torch.nn.Module) -> Iterator[None]:
     backward pass that does not come."""
     was_training = model.training
     model.eval()  # adapters leave nothing out
-    with torch.no_grad():
-        yield
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

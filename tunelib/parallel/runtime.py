@@ -95,14 +95,15 @@ def hold_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
     """Have the main process hold the run folder, and look that what the run will replace in it is a run's. Collective.
 
     Raises:
-        ConfigError: on every rank, where another run holds it, or it has an ``export`` of somebody else's.
+        ConfigError: on every rank, where another run holds it, or it has an ``export`` or ``adapter`` of somebody else's.
     """
     with contextlib.ExitStack() as stack:
         with agreed():
             if runtime.is_main:
                 stack.enter_context(lock_folder(folder))
                 remove_debris(folder)
-                check_replaceable(folder / "export", "export")
+                for name in ("export", "adapter"):
+                    check_replaceable(folder / name, "export")
         yield
 
 

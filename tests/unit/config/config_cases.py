@@ -171,6 +171,12 @@ CASES: dict[str, Case] = {
     "not built: degrees": say("--parallelism.tensor_parallel_degree", "2", "--parallelism.data_parallel_replicate_degree=2", world_size=4),
     "not built: an older spelling of a degree": say("--experimental.pipeline_parallel_degree", "2", world_size=2),
     "not built: a flag": say("--lora.rank", "8", "--compile.enable"),
+    # adapters
+    "adapter sizes": add("[lora]\nenable = true\nrank = 0\nalpha = -1.0\ndropout = 1.5"),
+    "adapter modules": add("[lora]\nenable = true\ntarget_modules = 3"),
+    "no adapter modules": add("[lora]\nenable = true\ntarget_modules = []"),
+    "kind of quantisation": add('[lora]\nenable = true\nquantize_base = "int4"\nuse_dora = "yes"'),
+    "adapter keys without adapters": add("[lora]\nrank = 8\nuse_dora = true\nquantize_base = 'nf4'"),
     # relations
     "neither steps nor epochs": replace("steps = 10", "seed = 1"),
     "steps and epochs": replace("steps = 10", "steps = 10\nepochs = 1"),
