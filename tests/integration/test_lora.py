@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from parity.test_peft import write_lora_toml
 from safetensors.torch import load_file
 
 from tunelib.adapters import AdaptedLinear
-from tunelib.checkpoint.dcp_reader import SafeReader
+from tunelib.checkpoint.dcp_reader import SafeReader, load_tensors
 from tunelib.errors import CheckpointError, ConfigError, FormatError
 from tunelib.formats.convert import convert, plan_conversion
 from tunelib.formats.merge import plan_merge
@@ -205,3 +206,125 @@ def test_merging_twice_or_onto_another_base_is_an_error(tmp_path: Path, train: C
     with pytest.raises(FormatError, match=r"adapter_config\.json does not exist"):
         plan_merge(base, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", ["merged", "other"])
+def test_adapter_starts_beside_the_base_that_it_was_trained_beside_alone(
+    tmp_path: Path, train: Callable[..., Run], base: Path, data: Path, wrong: str
+) -> None:
+    toml = write_lora_toml(tmp_path / "run.toml", base, data, "")
+    first = train(toml)
+    words = ["--lora.adapter_path", str(first.folder / "adapter")]
+    second = train(toml, *words)
+    assert second.series("loss")[0] < first.series("loss")[0]
+    foreign.make_hf(tmp_path / "other", tokenizer=TOKENIZER, seed=1, **WIDE)
+    place = {"merged": first.folder / "export", "other": tmp_path / "other"}[wrong]
+    with pytest.raises(CheckpointError, match=r"lora.adapter_path .* were trained beside other frozen weights .* merged into them already"):
+        train(toml, *words, "--checkpoint.initial_load_path", str(place))
+
+
+def test_damaged_adapter_does_not_start_a_run(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path) -> None:
+    toml = write_lora_toml(tmp_path / "run.toml", base, data, "")
+    path = train(toml).folder / "adapter/adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=r"adapter_model\.safetensors is damaged: its checksum"):
+        train(toml, "--lora.adapter_path", str(path.parent))
+
+
+def test_resume_needs_no_adapter_to_start_from_and_knows_it_by_its_place(
+    tmp_path: Path, train: Callable[..., Run], base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toml = write_lora_toml(tmp_path / "run.toml", base, data, "")
+    first = train(toml)
+    saving = ("--checkpoint.enable_checkpoint", "--lora.adapter_path")
+    run = train(toml, *saving, str(first.folder / "adapter"), "--training.steps", "2")
+    shutil.rmtree(first.folder)
+    monkeypatch.chdir(tmp_path)
+    again = train(toml, *saving, f"{first.folder.name}/adapter/", "--training.steps", "4", folder=run.folder)
+    assert again.series("step")[-1] == 4
+
+
+def test_adapters_beside_a_bfloat16_base_learn_in_float32(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path) -> None:
+    """In bfloat16 steps this small would be lost: half a step of a length near 2 is 0.004."""
+    toml = write_lora_toml(tmp_path / "run.toml", base, data, "use_dora = true\ntrain_lm_head = true")
+    runs = [train(toml, "--training.dtype", "bfloat16", "--optimizer.lr", lr) for lr in ("1e-12", "1e-4")]
+    before, after = (load_file(run.folder / "adapter/adapter_model.safetensors") for run in runs)
+    assert {name.partition(".lora_")[2]: tensor.dtype for name, tensor in after.items()} == {
+        "A.weight": torch.float32,
+        "B.weight": torch.float32,
+        "magnitude_vector": torch.float32,
+        "": torch.bfloat16,
+    }
+    for name in (name for name in after if name.endswith("lora_magnitude_vector")):
+        assert (before[name] != after[name]).float().mean() > 0.9, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_in_mixed_precision_begins_as_its_base(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path, kind: str) -> None:
+    mixed = ("--training.mixed_precision_param", "bfloat16", "--training.steps", "1")
+    run = train(write_lora_toml(tmp_path / "run.toml", base, data, KINDS[kind]), *mixed)
+    plain = train(write_lora_toml(tmp_path / "run.toml", base, data, 'quantize_base = "nf4"' if "nf4" in KINDS[kind] else ""), *mixed)
+    assert run.series("loss") == plain.series("loss")
+
+
+@pytest.mark.parametrize("kind", ["QLoRA", "QDoRA"])
+def test_merging_later_beside_a_quantised_base_gives_the_export_of_the_run(
+    tmp_path: Path, train: Callable[..., Run], base: Path, data: Path, kind: str
+) -> None:
+    run = train(write_lora_toml(tmp_path / "run.toml", base, data, KINDS[kind]))
+    plan = plan_merge(base, run.folder / "adapter", tmp_path / "merged")
+    assert any("trained beside a base in nf4" in note for note in plan.notes)
+    convert(plan)
+    for name, tensor in load_file(tmp_path / "merged/model.safetensors").items():
+        torch.testing.assert_close(tensor, run.weights()[name], rtol=1e-6, atol=1e-7)
+
+
+def test_merging_later_keeps_the_chat_template_that_was_trained_with(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path) -> None:
+    run = train(write_lora_toml(tmp_path / "run.toml", base, data, ""), "--dataset.chat_template", "chatml")
+    convert(plan_merge(base, run.folder / "adapter", tmp_path / "merged"))
+    assert (tmp_path / "merged/chat_template.jinja").read_text() == (run.folder / "export/chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize("more", ["", "train_embeddings = true\ntrain_lm_head = true"])
+def test_resized_embedding_is_merged_by_the_run_and_named_later(tmp_path: Path, train: Callable[..., Run], data: Path, more: str) -> None:
+    foreign.make_hf(tmp_path / "base", tokenizer=TOKENIZER, **WIDE | {"vocab_size": 600})
+    run = train(write_lora_toml(tmp_path / "run.toml", tmp_path / "base", data, more), "--model.resize_embeddings")
+    assert run.weights()["model.embed_tokens.weight"].shape == (640, 64)
+    if more:
+        with pytest.raises(FormatError, match=r"\[640, 64\], which is \[600, 64\] in .*; if the run resized it, take its export"):
+            plan_merge(tmp_path / "base", run.folder / "adapter", tmp_path / "merged")
+    else:
+        plan_merge(tmp_path / "base", run.folder / "adapter", tmp_path / "merged")
+
+
+def test_adapter_of_somebody_elses_is_found_before_training(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter/adapter_model.safetensors").write_bytes(b"dear")
+    with pytest.raises(ConfigError, match=r"adapter exists and was not written by a run"):
+        train(write_lora_toml(tmp_path / "run.toml", base, data, ""), folder=folder)
+    assert not (folder / "metrics.jsonl").exists()
+
+
+def test_refused_run_leaves_later_checkpoints_as_they_are(tmp_path: Path, train: Callable[..., Run], base: Path, data: Path) -> None:
+    toml = write_lora_toml(tmp_path / "run.toml", base, data, "")
+    saving = ("--checkpoint.enable_checkpoint", "--checkpoint.interval", "2", "--training.steps", "4")
+    run = train(toml, *saving)
+    foreign.make_hf(tmp_path / "other", tokenizer=TOKENIZER, seed=1, **WIDE)
+    (tmp_path / "other/model.safetensors").replace(base / "model.safetensors")
+    with pytest.raises(CheckpointError, match="trained beside other frozen weights"):
+        train(toml, *saving, "--checkpoint.load_step", "2", folder=run.folder)
+    assert sorted(path.name for path in (run.folder / "checkpoint").iterdir()) == ["step-2", "step-4"]
+
+
+def test_two_processes_leave_out_different_inputs(tmp_path: Path, base: Path, data: Path) -> None:
+    toml = write_lora_toml(tmp_path / "run.toml", base, data, "dropout = 0.3")
+    run_processes([[str(toml), "--checkpoint.enable_checkpoint", "--job.dump_folder", str(tmp_path / "two")]], 2)
+    step = tmp_path / "two/checkpoint/step-3"
+    states = {f"rng.{rank}.cpu": torch.empty(0, dtype=torch.uint8) for rank in range(2)}
+    metadata = SafeReader(step).read_metadata().state_dict_metadata
+    states = {name: torch.empty(metadata[name].size, dtype=torch.uint8) for name in states}
+    load_tensors(states, step)
+    assert not torch.equal(*states.values())

@@ -54,9 +54,9 @@ def our_logits(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [False, True])
-def test_model_begins_as_its_base_bit_for_bit(tmp_path: Path, kind: str, tied: bool) -> None:
-    foreign.make_hf(tmp_path, tied=tied)
+@pytest.mark.parametrize("more", [{}, {"tied": True}, {"attention_bias": True, "mlp_bias": True, "hidden_size": 256}], ids=str)
+def test_model_begins_as_its_base_bit_for_bit(tmp_path: Path, kind: str, more: dict[str, Any]) -> None:
+    foreign.make_hf(tmp_path, **more)
     adapted, base = load_ours(tmp_path, Lora(True, rank=4, alpha=8.0, **KINDS[kind])), load_ours(tmp_path, None)
     with torch.no_grad():
         assert torch.equal(our_logits(adapted, draw_tokens(0)), our_logits(base, draw_tokens(0)))

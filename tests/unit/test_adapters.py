@@ -64,3 +64,20 @@ def test_merged_weight_computes_what_the_layer_does_and_rows_merge_by_themselves
     torch.testing.assert_close(x @ merged.T + layer.bias, layer(x))
     part = merge(layer.weight[2:5], layer.lora_A.weight, layer.lora_B.weight[2:5], layer.scaling, None if magnitude is None else magnitude[2:5])
     torch.testing.assert_close(part, merged[2:5])
+
+
+def test_row_of_zeros_gives_finite_numbers() -> None:
+    torch.manual_seed(0)
+    layer = AdaptedLinear(8, 6, False, Lora(enable=True, rank=2, use_dora=True))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    assert layer.lora_magnitude_vector is not None
+    with torch.no_grad():
+        layer.weight[3] = 0
+        layer.lora_magnitude_vector[3] = 0
+        for lora_b in (torch.zeros(6, 2), torch.randn(6, 2)):
+            layer.lora_B.weight.copy_(lora_b)
+            x = torch.randn(5, 8)
+            merged = merge(layer.weight, layer.lora_A.weight, lora_b, layer.scaling, layer.lora_magnitude_vector)
+            assert layer(x).isfinite().all()
+            torch.testing.assert_close(x @ merged.T, layer(x))

@@ -40,3 +40,9 @@ def test_product_and_its_gradient_are_those_of_the_quantised_weight() -> None:
     found.backward(grad)
     expected.backward(grad)
     torch.testing.assert_close(x.grad, plain.grad)
+
+
+def test_share_without_rows_is_one_too() -> None:
+    packed = quantize(torch.empty(0, 128))
+    assert packed.shape == (0, packed_columns(128))
+    assert dequantize(packed, torch.bfloat16).shape == (0, 128)
