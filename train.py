@@ -161,6 +161,8 @@ def main(argv: list[str]) -> None:
             manager.load(tensors, decision)
             if same_layout:
                 restore_rng(tensors, runtime.rank, runtime.device)
+            elif config.lora.dropout:
+                console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another number of processes")
             if isinstance(train_data, StreamData) and decision.state.streams is not None:
                 with agreed():
                     train_data.restore(decision.state.streams[layout.data_rank])
@@ -174,7 +176,7 @@ def main(argv: list[str]) -> None:
             resumed_step = step if decision.kind in ("resume", "finished") else None
             metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
             samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
-        origin_of_weights = weights.sentence if decision.kind == "fresh" else "weights from the checkpoint"
+        origin_of_weights = weights.sentence if decision.kind == "fresh" or config.lora.enable else "weights from the checkpoint"
         num_parameters = sum(shape.numel() for shape in expected_shapes(model.config).values())
         for line in opening_lines(config, runtime, layout, model, num_parameters, data_lines, num_steps, origin_of_weights, export.notes):
             console.say(line)
@@ -250,7 +252,9 @@ def main(argv: list[str]) -> None:
         if config.lora.enable:
             origin_path = config.checkpoint.initial_load_path
             adapter_line = export_adapter(model, config.lora, origin_path, base, own_template, folder / "adapter", runtime.is_main)
-        if not config.lora.save_adapter_weights_only:
+        if config.lora.save_adapter_weights_only:
+            adapter_line += "; export/ beside it is of an earlier end of this run" if (folder / "export").exists() else ""
+        else:
             check = config.checkpoint.verify_export
             proof = export_model(export, model, folder / "export", runtime.is_main, tokenizer, check, sharded=layout.mesh is not None)
             export_line = describe_export(export, proof)

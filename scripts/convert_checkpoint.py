@@ -47,8 +47,12 @@ def run(source: Path, target: Path, to: str, **wishes: object) -> int:
     return carry_out(lambda: plan_conversion(source, target, to, **wishes), target)  # type: ignore[arg-type]  # tyro has checked them
 
 
-def carry_out(plan: Callable[[], Conversion], target: Path) -> int:
-    """Do what is planned, with a progress bar; the exit code."""
+def carry_out(plan: Callable[[], Conversion], target: Path, merged: str = "") -> int:
+    """Do what is planned, with a progress bar; the exit code.
+
+    Args:
+        merged: what was added to the source on the way, in words.
+    """
     keep_freed_memory()
     try:
         conversion = plan()
@@ -62,7 +66,7 @@ def carry_out(plan: Callable[[], Conversion], target: Path) -> int:
     except KeyboardInterrupt:
         print(f"stopped; nothing is left of {target}", file=sys.stderr)
         return 130
-    print(f"{conversion.source.sentence} is now {target}")
+    print(f"{conversion.source.sentence}{merged} is now {target}")
     return 0
 
 

@@ -29,7 +29,8 @@ class Words:
 
 def main() -> int:
     words = tyro.cli(Words, use_underscores=True, description=__doc__)
-    return carry_out(lambda: plan_merge(words.base, words.adapter, words.target, words.dtype or ""), words.target)
+    merged = f", with the adapter {words.adapter} merged into it,"
+    return carry_out(lambda: plan_merge(words.base, words.adapter, words.target, words.dtype or ""), words.target, merged)
 
 
 if __name__ == "__main__":

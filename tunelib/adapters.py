@@ -99,6 +99,10 @@ def add_adapters(model: Decoder, section: Lora) -> None:
         near = difflib.get_close_matches(name.rpartition(".")[2] or name, [*linear, ALL_LINEAR], n=1)
         hint = f"did you mean {near[0]!r}?" if near and "*" not in name else f"there are {', '.join(sorted(linear))}, or {ALL_LINEAR!r} alone"
         raise ConfigError(f"lora.target_modules: no linear layer is called {name!r}; {hint}")
+    targets = [module for name, module in model.model.named_modules() if isinstance(module, nn.Linear) and name.rpartition(".")[2] in wanted]
+    largest = max(min(module.in_features, module.out_features) for module in targets)
+    if section.rank > largest:
+        raise ConfigError(f"lora.rank = {section.rank}: no layer with an adapter has a rank above {largest}; give that or less")
     model.requires_grad_(False)
     dtype = model.model.embed_tokens.weight.dtype
     for parent in list(model.model.modules()):

@@ -202,6 +202,8 @@ def _find_naming(names: Iterable[str], family: ModuleType, path: Path) -> tuple[
             return name.removesuffix(family.EMBEDDING), False
         if f".{name}".endswith(f".{family.to_meta_name(family.EMBEDDING)}"):
             return name.removesuffix(family.to_meta_name(family.EMBEDDING)), True
+    if any(".lora_" in name for name in names):
+        raise FormatError(f"{path} holds adapters and no model; adapters are started from with lora.adapter_path, which takes a PEFT folder")
     raise FormatError(f"{path} holds neither {family.EMBEDDING} nor {family.to_meta_name(family.EMBEDDING)}: its names are not known")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from tunelib.config.schema import Config, Lora
+from tunelib.config.schema import Config
 from tunelib.data.index import Index
 from tunelib.data.loader import TrainData
 from tunelib.observe.metrics import METRICS_FILE
@@ -57,7 +57,7 @@ def opening_lines(
         notes: what the form of the export cannot hold.
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    adapters = [f"adapters   {describe_adapter(config.lora, trained)}"] if config.lora.enable else []
+    adapters = [f"adapters   {line}" for line in describe_adapter(config, trained, num_parameters)] if config.lora.enable else []
     training = config.training
     processes = f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''} on {runtime.device.type}"
     how = f"sharded over {layout.num_data_ranks}" if layout.mesh is not None else "not sharded"
@@ -73,11 +73,23 @@ def opening_lines(
     ]
 
 
-def describe_adapter(section: Lora, num_trained: int) -> str:
-    """Adapters in a few words."""
+def describe_adapter(config: Config, num_trained: int, num_parameters: int) -> list[str]:
+    """Adapters in a few words.
+
+    Args:
+        num_parameters: of the model, without adapters.
+    """
+    section = config.lora
     kind = ("rs" if section.use_rslora else "") + ("DoRA" if section.use_dora else "LoRA")
     base = f", the base in {section.quantize_base}" if section.quantize_base != "none" else ""
-    return f"{kind} of rank {section.rank} on {', '.join(section.target_modules)}{base}; {num_trained / 1e6:,.2f} M parameters are trained"
+    modules = ", ".join(dict.fromkeys(section.target_modules))
+    share = f"{num_trained:,} parameters are trained ({num_trained / num_parameters:.2%} of the model's)"
+    lines = [f"{kind} of rank {section.rank}, alpha {section.alpha:g}, on {modules}{base}; {share}"]
+    if section.adapter_path:
+        lines.append(f"begun from {section.adapter_path}")
+    if not config.checkpoint.initial_load_path:
+        lines.append("beside weights that nobody has trained: give checkpoint.initial_load_path the model that they are for")
+    return lines
 
 
 class Summary:
