@@ -79,6 +79,12 @@ class Lab:
     def toml(self) -> Path:
         return self.folder / "tiny.toml"
 
+    def bare(self) -> Path:
+        """A config of one step that does not say what the model is."""
+        path = self.folder / "bare.toml"
+        path.write_text(f'[model]\ntokenizer_path = "{TOKENIZER}"\n[dataset]\npath = "{self.data}"\n[training]\nsteps = 1\nseq_len = 128\n')
+        return path
+
     def run(self, *words: str, folder: Path | None = None) -> Run:
         """Three steps of the plain config with these words."""
         steps = [] if any(word.startswith(("--training.steps", "--training.epochs")) for word in words) else ["--training.steps", "3"]
@@ -671,8 +677,7 @@ def _(lab: Lab) -> None:
 
 @shows("checkpoint.initial_load_path")
 def _(lab: Lab) -> None:
-    bare = lab.folder / "bare.toml"
-    bare.write_text(f'[model]\ntokenizer_path = "{TOKENIZER}"\n[dataset]\npath = "{lab.data}"\n[training]\nsteps = 1\nseq_len = 128\n')
+    bare = lab.bare()
     export = lab.plain().folder / "export"
     first = lab.train(bare, "--checkpoint.initial_load_path", str(export)).series("loss")[0]
     assert first < lab.plain().series("loss")[0]
@@ -772,7 +777,8 @@ def _(lab: Lab) -> None:
 
 @shows("lora.save_adapter_weights_only")
 def _(lab: Lab) -> None:
-    run = lab.run(*LORA, "--lora.save_adapter_weights_only")
+    bare = lab.bare()
+    run = lab.train(bare, "--checkpoint.initial_load_path", str(lab.plain().folder / "export"), *LORA, "--lora.save_adapter_weights_only")
     assert (run.folder / "adapter").is_dir()
     assert not (run.folder / "export").exists()
 

@@ -17,13 +17,14 @@ from tunelib.errors import FormatError
 from tunelib.files import find_damage, read_manifest
 from tunelib.formats.export import find_companions, plan_checkpoint
 from tunelib.formats.found import SAFETENSORS
+from tunelib.formats.live import LiveWeights
 from tunelib.formats.load import Weights, plan_export_of
 from tunelib.formats.plan import Plan, Wish
 from tunelib.formats.source import expected_shapes, open_checkpoint
 from tunelib.formats.tensors import TensorInfo
-from tunelib.formats.write import read_live, write_checkpoint
+from tunelib.formats.write import write_checkpoint
 from tunelib.model.decoder import Decoder
-from tunelib.model.families import family_of, hf_config
+from tunelib.model.families import hf_config
 
 INDEX_FILE = f"{SAFETENSORS}.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -39,7 +40,7 @@ def save_reference(folder: Path, shard_size: str = "5GB", dtype: torch.dtype = t
 
 
 def write(plan: Plan, model: Decoder, target: Path) -> None:
-    write_checkpoint(plan, read_live(model_tensors(model), family_of(model.config).EMBEDDING), target)
+    write_checkpoint(plan, LiveWeights(model).read, target)
 
 
 def export(

@@ -16,20 +16,22 @@ from tunelib.checkpoint.state import model_tensors
 from tunelib.errors import ConfigError, FormatError, SaveError
 from tunelib.files import STAGING, find_damage, read_manifest
 from tunelib.formats.dcp import DcpWriter
+from tunelib.formats.live import LiveWeights
 from tunelib.formats.plan import Plan, Wish, plan_form
 from tunelib.formats.safetensors_file import SafetensorsWriter
 from tunelib.formats.source import expected_shapes, open_checkpoint
 from tunelib.formats.tensors import TensorInfo
 from tunelib.formats.torch_file import TorchWriter
-from tunelib.formats.write import read_live, write_checkpoint
+from tunelib.formats.write import write_checkpoint
 from tunelib.model.families import hf_config
 
 EMBEDDING = "model.embed_tokens.weight"
 CONFIG = tiny_config(intermediate_size=88, initializer_range=0.3)
-TENSORS = model_tensors(tiny_model(torch.float32, intermediate_size=88))
+MODEL = tiny_model(torch.float32, intermediate_size=88)
+TENSORS = model_tensors(MODEL)
 WRITERS = {"hf": SafetensorsWriter, "meta": TorchWriter, "torch": TorchWriter, "dcp": DcpWriter}
 KINDS = sorted(WRITERS)
-read = read_live(TENSORS, EMBEDDING)
+read = LiveWeights(MODEL).read
 
 
 def make_plan(kind: str, dtype: torch.dtype = torch.float32, **wishes: Any) -> Plan:
