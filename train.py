@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
 
         # Arrange the machines.
         layout = build_layout(config.parallelism, runtime)
-        torch.manual_seed((config.training.seed + layout.data_rank) % 2**63)  # what is left out of an input is another share's own affair
+        torch.manual_seed((config.training.seed + runtime.rank) % 2**63)  # what is left out of an input is another share's own affair
         share = Share(layout.data_rank, layout.num_data_ranks, resolve_local_batch_size(config.training, layout.num_data_ranks))
 
         with agreed():
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> None:
         elif decision.kind == "fresh" or config.lora.enable:
             with agreed():
                 checksums = give_weights(model, weights, config.training.seed, adapter_tensors, runtime.compute_dtype)
-            base = fingerprint_of(checksums)
+            base = fingerprint_of(checksums if layout.replica == 0 else {})
             if decision.state is not None:
                 check_base(decision.state.base, base, f"the checkpoint {decision.folder}")
             elif adapter is not None and adapter.base:
@@ -197,7 +197,7 @@ def main(argv: list[str]) -> None:
 
         def save() -> Path | None:
             tensors = model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device)
-            streams = gather_objects(train_data.state()) if isinstance(train_data, StreamData) else None
+            streams = gather_objects(train_data.state())[:: layout.ranks_per_share] if isinstance(train_data, StreamData) else None
             return manager.save(tensors, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity, streams, base))
 
         if step == 0:

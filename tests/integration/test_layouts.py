@@ -21,6 +21,67 @@ CASES = {
 }
 
 
+FULL = ["--training.dtype", "float64"]
+LORA = [*FULL, "--lora.enable", "--lora.rank", "4", "--lora.use_dora"]
+NF4 = [*FULL, "--lora.enable", "--lora.rank", "4", "--lora.quantize_base", "nf4"]
+REPLICATE, CONTEXT = (["--parallelism.data_parallel_replicate_degree", "2"], ["--parallelism.context_parallel_degree", "2"])
+LAYOUTS = {
+    (2, "replicate"): REPLICATE,
+    (2, "context"): CONTEXT,
+    (4, "shard"): [],
+    (4, "replicate, shard"): REPLICATE,
+    (4, "context, shard"): CONTEXT,
+    (4, "replicate, context"): [*REPLICATE, *CONTEXT],
+}
+KINDS = {
+    "full": FULL,
+    "fp32": [],
+    "LoRA": LORA,
+    "QLoRA": NF4,
+    "unpacked": [*FULL, "--dataset.no-packing"],
+    "accumulation": [*FULL, "--training.local_batch_size", "1"],
+    "tied": [*FULL, "--model.tie_word_embeddings"],
+}
+COMMON = ["--training.steps", "10", "--lr_scheduler.warmup_steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Run]:
+    """Every kind of training on one process, and on every layout."""
+    folder = tmp_path_factory.mktemp("grid")
+    data = write_chats(folder / "chats.jsonl", 300)
+    extra = '[validation]\nenable = true\nfraction = 0.1\nfreq = 10\nprompts = ["say sage"]\nmax_new_tokens = 4\n'
+    toml = write_toml(folder / "tiny.toml", data, extra)
+
+    def words_of(name: str, kind: str, layout: list[str]) -> list[str]:
+        wide = ["--model.hidden_size", "64"] if kind == "QLoRA" else []
+        return [str(toml), "--job.dump_folder", str(folder / f"{name}-{kind}"), *COMMON, *KINDS[kind], *wide, *layout]
+
+    run_processes([words_of("one", kind, []) for kind in KINDS], 1)
+    for world_size in (2, 4):
+        cases = [words_of(f"{world_size} {name}", kind, layout) for (size, name), layout in LAYOUTS.items() if size == world_size for kind in KINDS]
+        run_processes(cases, world_size, timeout=600)
+    names = ["one", *(f"{size} {name}" for size, name in LAYOUTS)]
+    return {(name, kind): Run(folder / f"{name}-{kind}") for name in names for kind in KINDS}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", [f"{size} {name}" for size, name in LAYOUTS])
+def test_every_layout_trains_as_one_process(grid: dict[tuple[str, str], Run], layout: str, kind: str) -> None:
+    one, spread = grid["one", kind], grid[layout, kind]
+    tolerance = FP32_RELATIVE if kind == "fp32" else FLOAT64_RELATIVE
+    for name in ("loss", "grad_norm", "validation_loss"):
+        assert len(one.series(name)) == (2 if name == "validation_loss" else 10)
+        assert spread.series(name) == pytest.approx(one.series(name), rel=tolerance), name
+    assert one.series("loss")[-1] < one.series("loss")[0], "nothing was learned, so nothing was compared"
+    assert spread.series("tokens") == one.series("tokens")
+    assert spread.samples() == one.samples()
+    if kind != "fp32":
+        for name, weight in one.weights().items():
+            assert torch.linalg.norm(spread.weights()[name] - weight) <= FLOAT64_RELATIVE * torch.linalg.norm(weight), name
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Run]:
     """Every case on one and on two processes."""

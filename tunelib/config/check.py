@@ -4,6 +4,7 @@ A relation is asked only where every key it reads is known: a mistyped value is 
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,13 +13,21 @@ from pathlib import Path
 from tunelib.config.effect import has_no_config
 from tunelib.config.fields import FIELDS, find_nearest, show_value
 from tunelib.config.renamed import UNBUILT_DEGREES
-from tunelib.config.resolve import resolve_data_ranks, resolve_dump_folder
-from tunelib.config.schema import Config
+from tunelib.config.resolve import resolve_data_ranks, resolve_dump_folder, resolve_shard_degree
+from tunelib.config.schema import Config, Parallelism
 from tunelib.config.settings import Setting
 from tunelib.config.sizes import ARCHITECTURES, SIZES
 
 TAKEN_NAMES = ("export", "export_check.json", "adapter", "tb", "profile", "config.toml", "metrics.jsonl", "samples.jsonl")
 """What a run writes beside its step folders."""
+DEGREES = (
+    "parallelism.data_parallel_shard_degree",
+    "parallelism.data_parallel_replicate_degree",
+    "parallelism.tensor_parallel_degree",
+    "parallelism.pipeline_parallel_degree",
+    "parallelism.context_parallel_degree",
+)
+"""Whose product is the number of processes."""
 NEEDED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -128,17 +137,31 @@ def find_degree_fault(checked: Checked) -> Iterator[str]:
     unbuilt = [key for key in UNBUILT_DEGREES if checked.value(key) != 1]
     for key in unbuilt:
         yield f"{checked.at(key)}: {UNBUILT_DEGREES[key]} is not built yet; set it to 1 or remove it"
-    degree = parallelism.data_parallel_shard_degree
-    if not unbuilt and degree not in (-1, world_size):
+    if unbuilt:
+        return
+    product, degrees = multiply_degrees(parallelism, world_size)
+    if product != world_size:
         processes = "1 process" if world_size == 1 else f"{world_size} processes"
-        key = "parallelism.data_parallel_shard_degree"
-        yield f"{checked.at(key)}: the degrees multiply to {degree}, but the run has {processes}; set it to -1, or start with NGPU={degree}"
+        place = checked.first_at(*[key for key in DEGREES if checked.value(key) != 1])
+        shown = " × ".join(f"{key.removesuffix('_degree').removeprefix('parallelism.')} {degree}" for key, degree in degrees.items() if degree != 1)
+        others = product // degrees["parallelism.data_parallel_shard_degree"]
+        hint = f"set data_parallel_shard_degree to {'-1' if others == 1 else world_size // others}, or " if world_size % others == 0 else ""
+        yield f"{place}: the degrees multiply to {product} ({shown}), but the run has {processes}; {hint}start with NGPU={product}"
+    if checked.config.dataset.streaming and parallelism.context_parallel_degree > 1:
+        yield f"{checked.at('parallelism.context_parallel_degree')}: rows of a stream cannot be cut; set it to 1, or dataset.streaming = false"
+
+
+def multiply_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, dict[str, int]]:
+    """How many processes the degrees ask for, and each of them; -1 is what the others leave."""
+    degrees = {key: getattr(parallelism, key.removeprefix("parallelism.")) for key in DEGREES}
+    degrees["parallelism.data_parallel_shard_degree"] = resolve_shard_degree(parallelism, world_size)
+    return math.prod(degrees.values()), degrees
 
 
 def find_batch_fault(checked: Checked) -> Iterator[str]:
     """Whether the global batch divides; asked for the data ranks that the degrees give."""
     training = checked.config.training
-    if checked.config.parallelism.data_parallel_shard_degree not in (-1, checked.world_size):
+    if multiply_degrees(checked.config.parallelism, checked.world_size)[0] != checked.world_size:
         return
     ranks = resolve_data_ranks(checked.config.parallelism, checked.world_size)
     unit = ranks if training.local_batch_size == -1 else ranks * training.local_batch_size
@@ -272,7 +295,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("checkpoint.interval_type", "dataset.streaming"), find_epoch_fault),
     (("checkpoint.folder",), find_folder_fault),
     (("lora.", "checkpoint.initial_load_path"), find_adapter_fault),
-    (("parallelism.",), find_degree_fault),
+    (("parallelism.", "dataset.streaming"), find_degree_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),
     (("model.", "checkpoint.initial_load_path"), find_model_fault),
     (("model.",), find_shape_fault),

@@ -92,9 +92,7 @@ UNBUILT = {
 """Sections and keys that will come, and the capability they belong to: an error everywhere."""
 
 UNBUILT_DEGREES = {
-    "parallelism.data_parallel_replicate_degree": "replication of the sharded model (HSDP)",
     "parallelism.tensor_parallel_degree": "tensor parallelism",
     "parallelism.pipeline_parallel_degree": "pipeline parallelism",
-    "parallelism.context_parallel_degree": "context parallelism",
 }
 """Keys of the schema that may only be 1 until the capability is built."""

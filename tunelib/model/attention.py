@@ -5,6 +5,7 @@ FlexAttention skips what lies outside the documents. B batch, S sequence, H head
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,35 @@ from torch import Tensor, nn
 from tunelib.model.config import ModelConfig
 from tunelib.model.rope import rotate
 
-# What tells documents apart: their lengths (CPU) or FlexAttention's block mask (CUDA).
-Documents = tuple[int, ...] | Any
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of queries inside one document, with all keys of it up to the last of them.
+
+    Attributes:
+        document: where the document begins in all rows, flattened.
+        first, last: the run, counted from there.
+    """
+
+    document: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Documents of rows that are cut over processes: this one's queries, in order, and how to come by all keys and values.
+
+    Attributes:
+        gather: (B, S / n, K, 2 D) of this process → (B, S, K, 2 D).
+    """
+
+    runs: tuple[Segment, ...]
+    gather: Callable[[Tensor], Tensor]
+
+
+# What tells documents apart: their lengths (CPU), FlexAttention's block mask (CUDA), or, of rows that are cut over processes, segments.
+Documents = tuple[int, ...] | Segments | Any
 
 
 class Attention(nn.Module):
@@ -35,15 +63,22 @@ class Attention(nn.Module):
         """(B, S, hidden) → (B, S, hidden)."""
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)  # (B, S, H, D), (B, S, K, D)
-        attend = attend_per_document if isinstance(documents, tuple) else attend_flex
-        return self.o_proj(attend(q, k, v, documents).flatten(-2))
+        if isinstance(documents, tuple):
+            attended = attend_per_document(q, k, v, documents)
+        elif isinstance(documents, Segments):
+            attended = attend_segments(q, k, v, documents)
+        else:
+            attended = attend_flex(q, k, v, documents)
+        return self.o_proj(attended.flatten(-2))
 
 
-def plan_documents(document_lengths: tuple[int, ...], x: Tensor, head_dim: int) -> Documents:
+def plan_documents(document_lengths: tuple[int, ...] | Segments, x: Tensor, head_dim: int) -> Documents:
     """What `Attention` needs to keep the documents of x (B, S, hidden) apart; made once per micro-batch, shared by all layers.
 
     FlexAttention's kernels know neither float64 nor heads below 16; one document by itself, as in generation, needs no mask.
     """
+    if isinstance(document_lengths, Segments):
+        return document_lengths
     has_kernel = x.is_cuda and x.dtype != torch.float64 and head_dim >= 16
     return build_block_mask(document_lengths, len(x), x.device) if has_kernel and len(document_lengths) > 1 else document_lengths
 
@@ -58,6 +93,28 @@ def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple
     for of_document in zip(*pieces, strict=True):
         q_i, k_i, v_i = (tensor.transpose(0, 1).unsqueeze(0) for tensor in of_document)  # (1, H, L, D)
         out = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+        attended.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(attended).unflatten(0, q.shape[:2])
+
+
+def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Causal attention of this process's q (B, S / n, H, D) to all keys and values of its documents, → (B, S / n, H, D)."""
+    keys_values = segments.gather(torch.cat((k, v), dim=-1)).flatten(0, 1)  # (B S, K, 2 D)
+    ends: dict[int, int] = {}  # of each document, as far as a query of this process looks
+    for run in segments.runs:
+        ends[run.document] = max(ends.get(run.document, 0), run.last)
+    lengths, place = [], 0
+    for document in sorted(ends):
+        lengths += [document - place, ends[document]]
+        place = document + ends[document]
+    cut = keys_values.split([*lengths, len(keys_values) - place])  # whose backward is one concatenation
+    of_document = {document: cut[2 * number + 1] for number, document in enumerate(sorted(ends))}
+    attended = []
+    for run, queries in zip(segments.runs, q.flatten(0, 1).split([run.last - run.first for run in segments.runs]), strict=True):
+        k_i, v_i = of_document[run.document][: run.last].transpose(0, 1).unsqueeze(0).chunk(2, dim=-1)  # (1, K, last, D)
+        q_i = queries.transpose(0, 1).unsqueeze(0)
+        mask = torch.ones(run.last - run.first, run.last, dtype=torch.bool, device=q.device).tril(run.first) if run.first else None
+        out = F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[2] != k.shape[2])
         attended.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(attended).unflatten(0, q.shape[:2])
 

@@ -4,12 +4,13 @@ B batch, S sequence, V vocabulary.
 """
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunelib.model.attention import Attention, Documents, plan_documents
+from tunelib.model.attention import Attention, Documents, Segments, plan_documents
 from tunelib.model.config import ModelConfig
 from tunelib.model.loss import summed_loss
 from tunelib.model.rope import rope_tables
@@ -66,7 +67,7 @@ class DecoderBody(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor, document_lengths: tuple[int, ...]) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, document_lengths: tuple[int, ...] | Segments) -> Tensor:
         x = self.embed_tokens(tokens)
         rope = rope_tables(self.config, positions, x.dtype)
         documents = plan_documents(document_lengths, x, self.config.head_dim)
@@ -79,7 +80,12 @@ class Decoder(nn.Module):
     """A causal language model.
 
     Called with labels it returns the summed loss of the micro-batch (`summed_loss`); without, the logits (B, S, V).
+
+    Attributes:
+        share: where rows are cut over processes, gives this one's part of tokens, positions and labels, and its segments; set from outside.
     """
+
+    share: Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], tuple[Tensor, Tensor, Tensor, Segments]] | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -94,7 +100,10 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor, positions: Tensor, document_lengths: tuple[int, ...], labels: Tensor | None = None) -> Tensor:
-        hidden = self.model(tokens, positions, document_lengths)
+        documents: tuple[int, ...] | Segments = document_lengths
+        if self.share is not None and labels is not None:
+            tokens, positions, labels, documents = self.share(tokens, positions, labels, document_lengths)
+        hidden = self.model(tokens, positions, documents)
         return self.lm_head(hidden) if labels is None else summed_loss(hidden, labels, self.lm_head)
 
 

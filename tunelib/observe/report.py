@@ -60,14 +60,13 @@ def opening_lines(
     adapters = [f"adapters   {line}" for line in describe_adapter(config, trained, num_parameters)] if config.lora.enable else []
     training = config.training
     processes = f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''} on {runtime.device.type}"
-    how = f"sharded over {layout.num_data_ranks}" if layout.mesh is not None else "not sharded"
     dtypes = f"{runtime.param_dtype} parameters" + (f", {runtime.compute_dtype} compute" if runtime.compute_dtype != runtime.param_dtype else "")
     return [
         *([config.job.description] if config.job.description else []),
         f"model      {num_parameters / 1e6:,.1f} M parameters; {weights}",
         *adapters,
         *(f"{'data' if line is data_lines[0] else '':10} {line}" for line in data_lines),
-        f"machine    {processes}, {how}, {dtypes.replace('torch.', '')}",
+        f"machine    {processes}, {layout.sentence}, {dtypes.replace('torch.', '')}",
         f"run        {num_steps:,} steps of {training.global_batch_size} rows of {training.seq_len} tokens",
         *(f"export     {note}" for note in notes),
     ]

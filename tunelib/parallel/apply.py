@@ -2,6 +2,7 @@
 
 from tunelib.config.schema import Parallelism
 from tunelib.model.decoder import Decoder
+from tunelib.parallel.context import ContextShare
 from tunelib.parallel.fsdp import apply_fsdp
 from tunelib.parallel.mesh import Layout
 from tunelib.parallel.runtime import Runtime
@@ -9,6 +10,8 @@ from tunelib.parallel.runtime import Runtime
 
 def spread_model(model: Decoder, section: Parallelism, layout: Layout, runtime: Runtime) -> None:
     """Change a model on the meta device in place, and then give its parameters empty storage where each belongs."""
+    if layout.context is not None:
+        model.share = ContextShare(layout.context)
     if layout.mesh is not None:
         apply_fsdp(model, layout.mesh, runtime.compute_dtype, runtime.reduce_dtype, section.fsdp_reshard_after_forward == "always")
     model.to_empty(device=runtime.device)
