@@ -116,6 +116,31 @@ def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240) -
         assert worker.returncode == 0, output[-6000:]
 
 
+def count_traffic(model: Path, world_size: int, layout: dict[str, int], lora: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every process sends in a step of a model folder on a layout; see tests/integration/count_traffic.py."""
+    command = [sys.executable, str(ROOT / "tests/integration/count_traffic.py"), str(model)]
+    port, fields = str(free_port()), [json.dumps(layout), json.dumps(lora)]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), str(world_size), port, *fields],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output[-4000:]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
 def free_port() -> int:
     """A port that nothing listens on just now."""
     with socket.socket() as probe:

@@ -1,5 +1,6 @@
-"""One of two processes that take a step with adapters; prints what was sent between them (test_lora.py)."""
+"""One of several processes that take a step of a spread model; prints what it sent: kind → [calls, numbers] (test_lora.py, test_layouts.py)."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -18,35 +19,43 @@ from tunelib.parallel.apply import spread_model
 from tunelib.parallel.mesh import build_layout
 from tunelib.parallel.runtime import leave, run_main, start
 
+KINDS = {part: kind for kind in ("all_gather", "reduce_scatter", "all_reduce") for part in (kind, kind.replace("_", ""))}
+
 
 class Traffic(TorchDispatchMode):
-    """Counts the numbers of every reduce-scatter's input."""
+    """Counts collectives and the numbers of the larger side of each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reduced = 0
+        self.sent: dict[str, list[int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "reduce_scatter" in str(func):
-            self.reduced += max(value.numel() for value in args if isinstance(value, Tensor))
+        if func.namespace == "c10d":
+            kind = next((kind for part, kind in KINDS.items() if part in str(func)), str(func))
+            entry = self.sent.setdefault(kind, [0, 0])
+            entry[0] += 1
+            entry[1] += max(value.numel() for arg in args for value in (arg if isinstance(arg, list) else [arg]) if isinstance(value, Tensor))
         return func(*args, **(kwargs or {}))
 
 
 def main(words: list[str]) -> None:
-    folder, rank, port = words
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    folder, rank, world_size, port, layout_fields, lora_fields = words
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    section, lora = Parallelism(**json.loads(layout_fields)), Lora(**json.loads(lora_fields))
     with start(Training(), Comm()) as runtime:
         weights = find_weights(Model(), folder, 0, 0)
         model = build_on_meta(weights.config, runtime.param_dtype)
-        add_adapters(model, Lora(enable=True, rank=4))
-        spread_model(model, Parallelism(), build_layout(Parallelism(), runtime), runtime)
+        if lora.enable:
+            add_adapters(model, lora)
+        spread_model(model, section, build_layout(section, runtime), runtime)
         give_weights(model, weights, seed=0)
         tokens = torch.arange(32)[None]
         with Traffic() as traffic:
             model(tokens, tokens, (32,), labels=tokens).backward()
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad and parameter.grad is not None]
-        print(f"reduced {traffic.reduced} trained {trained} frozen gradients {len(frozen)}", flush=True)
+        assert not frozen, frozen
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        print(json.dumps({"sent": traffic.sent, "trained": trained, "all": sum(parameter.numel() for parameter in model.parameters())}), flush=True)
 
 
 if __name__ == "__main__":

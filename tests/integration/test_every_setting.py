@@ -593,9 +593,16 @@ def _(lab: Lab) -> None:
 # [parallelism]
 
 
-@shows(*(f"parallelism.{name}_degree" for name in ("data_parallel_replicate", "tensor_parallel", "pipeline_parallel", "context_parallel")))
+@shows("parallelism.data_parallel_replicate_degree", "parallelism.context_parallel_degree")
 def _(lab: Lab) -> None:
-    for name in ("data_parallel_replicate", "tensor_parallel", "pipeline_parallel", "context_parallel"):
+    """What they do is shown where there are processes: tests/integration/test_layouts.py."""
+    for name in ("data_parallel_replicate", "context_parallel"):
+        assert f"parallelism.{name}_degree" in lab.refusal(f"--parallelism.{name}_degree", "2", world_size=3)
+
+
+@shows("parallelism.tensor_parallel_degree", "parallelism.pipeline_parallel_degree")
+def _(lab: Lab) -> None:
+    for name in ("tensor_parallel", "pipeline_parallel"):
         message = lab.refusal(f"--parallelism.{name}_degree", "2", world_size=2)
         assert f"parallelism.{name}_degree" in message
         assert "not built yet" in message

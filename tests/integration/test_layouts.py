@@ -1,10 +1,12 @@
 """Law 2: one TOML on one and on two processes is the same training."""
 
+import shutil
 from pathlib import Path
 
+import foreign
 import pytest
 import torch
-from conftest import Run, open_train_data, run_processes, write_chats, write_toml
+from conftest import Run, count_traffic, open_train_data, run_processes, write_chats, write_toml
 
 # fp32: two summation orders. float64: what is left is the law itself.
 FP32_RELATIVE, FLOAT64_RELATIVE = 1e-5, 1e-9
@@ -42,7 +44,7 @@ KINDS = {
     "accumulation": [*FULL, "--training.local_batch_size", "1"],
     "tied": [*FULL, "--model.tie_word_embeddings"],
 }
-COMMON = ["--training.steps", "10", "--lr_scheduler.warmup_steps", "3"]
+COMMON = ["--training.steps", "10", "--lr_scheduler.warmup_steps", "3", "--checkpoint.enable_checkpoint", "--checkpoint.interval", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,51 @@ def test_every_layout_trains_as_one_process(grid: dict[tuple[str, str], Run], la
     if kind != "fp32":
         for name, weight in one.weights().items():
             assert torch.linalg.norm(spread.weights()[name] - weight) <= FLOAT64_RELATIVE * torch.linalg.norm(weight), name
+
+
+# Saved on one layout, resumed on another; "one" is one process.
+MOVES = {
+    1: [("2 context", [])],
+    2: [("one", CONTEXT), ("4 replicate, shard", CONTEXT), ("4 shard", REPLICATE), ("4 replicate, context", [])],
+    4: [("2 replicate", CONTEXT), ("2 context", [*REPLICATE, *CONTEXT]), ("one", REPLICATE)],
+}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["full", "LoRA"])
+@pytest.mark.parametrize("world_size", MOVES)
+def test_run_saved_on_one_layout_goes_on_on_another(grid: dict[tuple[str, str], Run], tmp_path: Path, world_size: int, kind: str) -> None:
+    cases = []
+    for number, (saved, layout) in enumerate(MOVES[world_size]):
+        run = grid[saved, kind]
+        shutil.copytree(run.folder / "checkpoint/step-5", tmp_path / str(number) / "checkpoint/step-5")
+        cases.append([str(run.folder.parent / "tiny.toml"), "--job.dump_folder", str(tmp_path / str(number)), *COMMON, *KINDS[kind], *layout])
+    run_processes(cases, world_size, timeout=300)
+    for number, (saved, _) in enumerate(MOVES[world_size]):
+        assert Run(tmp_path / str(number)).series("loss") == pytest.approx(grid["one", kind].series("loss")[5:], rel=FLOAT64_RELATIVE), saved
+
+
+LAYERS = 2
+GATHERED = 2 * LAYERS + 1  # every layer before its forward and its backward pass, the rest once
+TRAFFIC: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
+    "shard": (2, {}, {"all_gather": GATHERED, "reduce_scatter": LAYERS + 1}),
+    "replicate": (2, {"data_parallel_replicate_degree": 2}, {"all_gather": 0, "reduce_scatter": 0, "all_reduce": LAYERS + 1}),
+    "replicate, shard": (
+        4,
+        {"data_parallel_replicate_degree": 2},
+        {"all_gather": GATHERED, "reduce_scatter": LAYERS + 1, "all_reduce": LAYERS + 1},
+    ),
+    "context": (2, {"context_parallel_degree": 2}, {"all_gather": GATHERED + LAYERS, "reduce_scatter": 2 * LAYERS + 1}),
+}
+
+
+@pytest.mark.parametrize("layout", TRAFFIC)
+def test_every_collective_of_a_step_is_one_that_theory_asks_for(tmp_path: Path, layout: str) -> None:
+    foreign.make_hf(tmp_path / "hf", num_hidden_layers=LAYERS)
+    world_size, degrees, expected = TRAFFIC[layout]
+    for found in count_traffic(tmp_path / "hf", world_size, degrees, {}):
+        calls = {kind: entry[0] for kind, entry in found["sent"].items()}
+        assert calls == {kind: count for kind, count in expected.items() if count}, found
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from tunelib.batch import IGNORED
 from tunelib.model.attention import Segment, Segments
 
-
 # The names since torch 2.13, and those before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

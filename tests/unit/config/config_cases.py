@@ -170,6 +170,14 @@ CASES: dict[str, Case] = {
     "not built: checkpoint keys": add("[checkpoint]\nenable_checkpoint = true\nasync_mode = 'async'\nexclude_from_loading = ['optimizer']"),
     "not built: degrees": say("--parallelism.tensor_parallel_degree", "2", "--parallelism.data_parallel_replicate_degree=2", world_size=4),
     "not built: an older spelling of a degree": say("--experimental.pipeline_parallel_degree", "2", world_size=2),
+    "degrees beyond the processes": say("--parallelism.data_parallel_replicate_degree=2", "--parallelism.context_parallel_degree", "2", world_size=2),
+    "degrees that do not divide": say("--parallelism.data_parallel_replicate_degree=3", world_size=4),
+    "degrees with a wrong rest": say(
+        "--parallelism.data_parallel_shard_degree=4", "--parallelism.context_parallel_degree", "2", "--training.global_batch_size", "8", world_size=4
+    ),
+    "rows of a stream cut": Case(
+        GOOD.replace('path = "data.jsonl"', 'hub = "a/b"\nstreaming = true'), ("--parallelism.context_parallel_degree", "2"), world_size=2
+    ),
     "not built: a flag": say("--lora.rank", "8", "--compile.enable"),
     # adapters
     "adapter sizes": add("[lora]\nenable = true\nrank = 0\nalpha = -1.0\ndropout = 1.5"),
