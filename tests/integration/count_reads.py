@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tunelib.config.schema import Comm, Model, Parallelism, Training
+from tunelib.config.schema import ActivationCheckpoint, Comm, Model, Parallelism, Training
 from tunelib.formats.load import check_weights, find_weights, give_weights
 from tunelib.model.decoder import build_on_meta
 from tunelib.parallel.apply import spread_model
@@ -28,7 +28,7 @@ def main(words: list[str]) -> None:
         # Once on the meta device and for imports that happen on the way.
         weights = find_weights(Model(), folder, 0, 0)
         model = build_on_meta(weights.config, runtime.param_dtype)
-        spread_model(model, Parallelism(), layout, runtime)
+        spread_model(model, Parallelism(), ActivationCheckpoint(), layout, runtime)
         before = bytes_read()
         weights = find_weights(Model(), folder, 0, 0)
         check_weights(weights)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunelib.adapters import add_adapters
-from tunelib.config.schema import Comm, Lora, Model, Parallelism, Training
+from tunelib.config.schema import ActivationCheckpoint, Comm, Lora, Model, Parallelism, Training
 from tunelib.formats.load import find_weights, give_weights
 from tunelib.model.decoder import build_on_meta
 from tunelib.parallel.apply import spread_model
@@ -47,7 +47,7 @@ def main(words: list[str]) -> None:
         model = build_on_meta(weights.config, runtime.param_dtype)
         if lora.enable:
             add_adapters(model, lora)
-        spread_model(model, section, build_layout(section, runtime), runtime)
+        spread_model(model, section, ActivationCheckpoint(), build_layout(section, runtime), runtime)
         give_weights(model, weights, seed=0)
         tokens = torch.arange(32)[None]
         with Traffic() as traffic:

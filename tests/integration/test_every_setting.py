@@ -615,7 +615,7 @@ def _(lab: Lab) -> None:
 
 @shows("parallelism.fsdp_reshard_after_forward")
 def _(lab: Lab) -> None:
-    from tunelib.config.schema import Comm, Parallelism, Training
+    from tunelib.config.schema import ActivationCheckpoint, Comm, Parallelism, Training
     from tunelib.formats.load import find_weights, give_weights
     from tunelib.model.decoder import build_on_meta
     from tunelib.parallel.apply import spread_model
@@ -628,7 +628,7 @@ def _(lab: Lab) -> None:
             section = Parallelism(fsdp_reshard_after_forward=choice)
             weights = find_weights(config.model, "", 64, 128)
             model = build_on_meta(weights.config, runtime.param_dtype)
-            spread_model(model, section, build_layout(section, runtime), runtime)
+            spread_model(model, section, ActivationCheckpoint(), build_layout(section, runtime), runtime)
             give_weights(model, weights, 0)
             tokens = torch.zeros((1, 4), dtype=torch.int64)
             model(tokens, torch.arange(4)[None], (4,), labels=tokens)
@@ -716,6 +716,22 @@ def _(lab: Lab) -> None:
     run = lab.run(SAVING, "--checkpoint.create_seed_checkpoint")
     assert steps_saved(run) == [0]
     assert not (run.folder / "metrics.jsonl").exists()
+
+
+# [activation_checkpoint]
+
+
+@shows("activation_checkpoint.mode", "activation_checkpoint.selective_ac_option")
+def _(lab: Lab) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    work = []
+    every_second = ("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "2")
+    for words in ((), ("--activation_checkpoint.mode", "full"), every_second):
+        with FlopCounterMode(display=False) as counter:
+            lab.run(*words)
+        work.append(counter.get_total_flops())
+    assert work[0] < work[2] < work[1]
 
 
 # [lora]

@@ -43,6 +43,7 @@ KINDS = {
     "unpacked": [*FULL, "--dataset.no-packing"],
     "accumulation": [*FULL, "--training.local_batch_size", "1"],
     "tied": [*FULL, "--model.tie_word_embeddings"],
+    "recompute": [*FULL, "--activation_checkpoint.mode", "full"],
 }
 COMMON = ["--training.steps", "10", "--lr_scheduler.warmup_steps", "3", "--checkpoint.enable_checkpoint", "--checkpoint.interval", "5"]
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tunelib.batch import IGNORED
-from tunelib.config.schema import Model, Parallelism
+from tunelib.config.schema import ActivationCheckpoint, Model, Parallelism
 from tunelib.formats.load import check_weights, find_weights, give_weights
 from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.parallel.apply import spread_model
-from tunelib.parallel.mesh import Layout
+from tunelib.parallel.mesh import build_layout
 from tunelib.parallel.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -57,7 +57,8 @@ def load_ours(folder: Path) -> Decoder:
     weights = find_weights(Model(), str(folder), vocab_size=0, seq_len=0)
     model = build_on_meta(weights.config, torch.float32)
     check_weights(weights)
-    spread_model(model, Parallelism(), Layout(None, 0, 1), Runtime(0, 1, CPU, torch.float32, torch.float32, torch.float32))
+    runtime = Runtime(0, 1, CPU, torch.float32, torch.float32, torch.float32)
+    spread_model(model, Parallelism(), ActivationCheckpoint(), build_layout(Parallelism(), runtime), runtime)
     give_weights(model, weights, seed=0)
     return model
 

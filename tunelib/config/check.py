@@ -282,6 +282,13 @@ def find_adapter_fault(checked: Checked) -> Iterator[str]:
         yield f"{checked.at('lora.save_adapter_weights_only')}: leaves an adapter whose base is drawn from training.seed, and kept nowhere; remove it"
 
 
+def find_recompute_fault(checked: Checked) -> Iterator[str]:
+    """An option that is neither "op" nor a number of layers."""
+    option = checked.config.activation_checkpoint.selective_ac_option
+    if option != "op" and not (option.isascii() and option.isdigit() and int(option) > 0):
+        yield f'{checked.at("activation_checkpoint.selective_ac_option")}: expected "op", or a number of layers such as "2"'
+
+
 def find_long_rows(checked: Checked, longest: object, source: str) -> Iterator[str]:
     if checked.config.training.seq_len > longest:  # type: ignore[operator]  # both are int
         yield f"{checked.at('training.seq_len')}: the model takes at most {longest} tokens ({source}); set training.seq_len = {longest} or less"
@@ -295,6 +302,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("checkpoint.interval_type", "dataset.streaming"), find_epoch_fault),
     (("checkpoint.folder",), find_folder_fault),
     (("lora.", "checkpoint.initial_load_path"), find_adapter_fault),
+    (("activation_checkpoint.",), find_recompute_fault),
     (("parallelism.", "dataset.streaming"), find_degree_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),
     (("model.", "checkpoint.initial_load_path"), find_model_fault),

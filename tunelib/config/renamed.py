@@ -68,7 +68,6 @@ UNBUILT = {
     "quantize": "quantisation",
     "compile": "compilation",
     "training.compile": "compilation",
-    "activation_checkpoint": "recomputing activations",
     "profiling": "the profiler",
     "float8": "float8 training",
     "mx": "MX training",

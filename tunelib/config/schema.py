@@ -320,6 +320,16 @@ class Parallelism:
 
 
 @dataclass(frozen=True)
+class ActivationCheckpoint:
+    """Working activations out again in the backward pass instead of keeping them: less memory, the same numbers."""
+
+    mode: Literal["none", "full", "selective"] = "none"
+    """"full": each layer keeps its input only, and runs forward twice; "selective": by activation_checkpoint.selective_ac_option."""
+    selective_ac_option: str = "op"
+    """"op": layers keep matrix products and attention, and work out the rest again; a number n: every n-th layer keeps its input only."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Saving, resuming, and where weights come from and leave to."""
 
@@ -403,6 +413,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LrScheduler = field(default_factory=LrScheduler)
     parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
     validation: Validation = field(default_factory=Validation)

@@ -1,15 +1,17 @@
 """Spread a model over the processes: the one call that training and every tool make."""
 
-from tunelib.config.schema import Parallelism
+from tunelib.config.schema import ActivationCheckpoint, Parallelism
 from tunelib.model.decoder import Decoder
 from tunelib.parallel.context import ContextShare
 from tunelib.parallel.fsdp import apply_fsdp
 from tunelib.parallel.mesh import Layout
+from tunelib.parallel.recompute import apply_recompute
 from tunelib.parallel.runtime import Runtime
 
 
-def spread_model(model: Decoder, section: Parallelism, layout: Layout, runtime: Runtime) -> None:
+def spread_model(model: Decoder, section: Parallelism, recompute: ActivationCheckpoint, layout: Layout, runtime: Runtime) -> None:
     """Change a model on the meta device in place, and then give its parameters empty storage where each belongs."""
+    apply_recompute(model, recompute)
     if layout.context is not None:
         model.share = ContextShare(layout.context)
     if layout.mesh is not None:

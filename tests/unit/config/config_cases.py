@@ -179,6 +179,8 @@ CASES: dict[str, Case] = {
         GOOD.replace('path = "data.jsonl"', 'hub = "a/b"\nstreaming = true'), ("--parallelism.context_parallel_degree", "2"), world_size=2
     ),
     "not built: a flag": say("--lora.rank", "8", "--compile.enable"),
+    "recompute what": add("[activation_checkpoint]\nmode = 'selective'\nselective_ac_option = 'some'"),
+    "recompute none of what": add("[activation_checkpoint]\nselective_ac_option = '2'"),
     # adapters
     "adapter sizes": add("[lora]\nenable = true\nrank = 0\nalpha = -1.0\ndropout = 1.5"),
     "adapter modules": add("[lora]\nenable = true\ntarget_modules = 3"),
