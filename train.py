@@ -44,7 +44,7 @@ from tunelib.observe.report import Summary, describe_documents, opening_lines
 from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
 from tunelib.parallel.fsdp import forward_only
-from tunelib.parallel.mesh import build_layout
+from tunelib.parallel.mesh import Layout, build_layout
 from tunelib.parallel.reduce import agree, agreed, any_rank, check_finite, check_same, clip_gradients, gather_objects, sum_over_ranks
 from tunelib.parallel.runtime import DTYPES, Runtime, StopSignal, hold_folder, leave, run_main, start, step_timeout
 from tunelib.schedule import lr_factor
@@ -62,7 +62,8 @@ def main(argv: list[str]) -> None:
 
         # Arrange the machines.
         layout = build_layout(config.parallelism, runtime)
-        torch.manual_seed((config.training.seed + runtime.rank) % 2**63)  # what is left out of an input is another share's own affair
+        # What adapters leave out of their inputs differs from rank to rank, but where ranks split the same products.
+        torch.manual_seed((config.training.seed + runtime.rank // config.parallelism.tensor_parallel_degree) % 2**63)
         share = Share(layout.data_rank, layout.num_data_ranks, resolve_local_batch_size(config.training, layout.num_data_ranks))
 
         with agreed():
@@ -137,7 +138,7 @@ def main(argv: list[str]) -> None:
         elif decision.kind == "fresh" or config.lora.enable:
             with agreed():
                 checksums = give_weights(model, weights, config.training.seed, adapter_tensors, runtime.compute_dtype)
-            base = fingerprint_of(checksums if layout.replica == 0 else {})
+            base = fingerprint_of(checksums)
             if decision.state is not None:
                 check_base(decision.state.base, base, f"the checkpoint {decision.folder}")
             elif adapter is not None and adapter.base:
@@ -184,7 +185,7 @@ def main(argv: list[str]) -> None:
 
         def validate() -> None:
             if held_out is not None:
-                loss = evaluate(model, held_out, runtime)
+                loss = evaluate(model, held_out, runtime, layout)
                 metrics.write({"step": step, "validation_loss": loss, "tokens": tokens_seen})
                 summary.add_validation(loss)
                 console.say(f"step {step}: validation loss {loss:.4f} on {held_out.num_trained:,} held-out tokens")
@@ -213,7 +214,7 @@ def main(argv: list[str]) -> None:
             work = train_data.step(step + 1)
             lr = config.optimizer.lr * lr_factor(config.lr_scheduler, step + 1, num_steps)
             with step_timeout(config.comm, active=step >= first_step):
-                loss, grad_norm = train_step(model, optimizer, work, lr, config.training.max_norm, runtime)
+                loss, grad_norm = train_step(model, optimizer, work, lr, config.training.max_norm, runtime, layout)
             finished_epochs = train_data.epochs_after(step), train_data.epochs_after(step + 1)
             step, tokens_seen = step + 1, tokens_seen + work.num_tokens
             summary.add_step(work.num_tokens, time.monotonic() - begun, loss)
@@ -263,7 +264,9 @@ def main(argv: list[str]) -> None:
             console.say(line)
 
 
-def train_step(model: Decoder, optimizer: torch.optim.Optimizer, work: Step, lr: float, max_norm: float, runtime: Runtime) -> tuple[float, float]:
+def train_step(
+    model: Decoder, optimizer: torch.optim.Optimizer, work: Step, lr: float, max_norm: float, runtime: Runtime, layout: Layout
+) -> tuple[float, float]:
     """One optimizer step over all micro-batches of this rank.
 
     Returns:
@@ -280,7 +283,7 @@ def train_step(model: Decoder, optimizer: torch.optim.Optimizer, work: Step, lr:
         (summed / work.num_trained).backward()
         total += summed.detach()
     grad_norm = clip_gradients(model.parameters(), max_norm).item()
-    loss = sum_over_ranks(total).item() / work.num_trained
+    loss = sum_over_ranks(total, layout.sums).item() / work.num_trained
     check_finite(loss, grad_norm, work.number)
     set_lr(optimizer, lr)
     optimizer.step()
@@ -288,14 +291,14 @@ def train_step(model: Decoder, optimizer: torch.optim.Optimizer, work: Step, lr:
     return loss, grad_norm
 
 
-def evaluate(model: Decoder, data: HeldOutData, runtime: Runtime) -> float:
+def evaluate(model: Decoder, data: HeldOutData, runtime: Runtime, layout: Layout) -> float:
     """The loss in nats per trained token over all held-out documents; every rank must call it."""
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     with forward_only(model):
         for batch in data.batches():
             batch = batch.to(runtime.device)
             total += model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
-    return sum_over_ranks(total).item() / data.num_trained
+    return sum_over_ranks(total, layout.sums).item() / data.num_trained
 
 
 def describe_identity(config: Config, model: dict[str, Any], train_data: TrainData | StreamData | None) -> tuple[dict[str, Any], dict[str, Any]]:

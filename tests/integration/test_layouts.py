@@ -27,13 +27,18 @@ FULL = ["--training.dtype", "float64"]
 LORA = [*FULL, "--lora.enable", "--lora.rank", "4", "--lora.use_dora"]
 NF4 = [*FULL, "--lora.enable", "--lora.rank", "4", "--lora.quantize_base", "nf4"]
 REPLICATE, CONTEXT = (["--parallelism.data_parallel_replicate_degree", "2"], ["--parallelism.context_parallel_degree", "2"])
+TENSOR = ["--parallelism.tensor_parallel_degree", "2"]
 LAYOUTS = {
     (2, "replicate"): REPLICATE,
     (2, "context"): CONTEXT,
+    (2, "tensor"): TENSOR,
     (4, "shard"): [],
     (4, "replicate, shard"): REPLICATE,
     (4, "context, shard"): CONTEXT,
     (4, "replicate, context"): [*REPLICATE, *CONTEXT],
+    (4, "tensor, shard"): TENSOR,
+    (4, "replicate, tensor"): [*REPLICATE, *TENSOR],
+    (4, "context, tensor"): [*CONTEXT, *TENSOR],
 }
 KINDS = {
     "full": FULL,

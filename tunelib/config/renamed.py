@@ -91,7 +91,6 @@ UNBUILT = {
 """Sections and keys that will come, and the capability they belong to: an error everywhere."""
 
 UNBUILT_DEGREES = {
-    "parallelism.tensor_parallel_degree": "tensor parallelism",
     "parallelism.pipeline_parallel_degree": "pipeline parallelism",
 }
 """Keys of the schema that may only be 1 until the capability is built."""

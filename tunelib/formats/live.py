@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from tunelib.adapters import AdaptedLinear, merge
 from tunelib.formats.source import expected_shapes
@@ -38,6 +38,10 @@ class LiveWeights:
         if module is None:
             return self._parameters[name if name in self._parameters else self._tied_to]
         weight, rows = module.weight.detach(), local(module.weight.detach())
+        if isinstance(weight, DTensor) and any(isinstance(placement, Shard) and placement.dim == 1 for placement in weight.placements):
+            low, high = gather(module.lora_A.weight.detach()), gather(module.lora_B.weight.detach())
+            lengths = None if module.lora_magnitude_vector is None else gather(module.lora_magnitude_vector.detach())
+            return merge(gather(weight), low, high, module.scaling, lengths).to(low.dtype)
         lora_a = module.lora_A.weight.detach()
         whole_a = lora_a.full_tensor() if isinstance(lora_a, DTensor) else lora_a
         magnitude = module.lora_magnitude_vector

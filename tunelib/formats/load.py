@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tunelib.adapters import LORA_A, LORA_B, AdaptedLinear, draw_adapter, is_of_adapter, row_lengths
@@ -134,7 +135,7 @@ def give_weights(
         else:
             part = weights.stored.read(name, where)
         target.copy_(quantize(part.to(target.device)) if parameter.dtype == torch.uint8 else part)
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and is_first_copy(parameter):
             first, *rest = bounds_of(where, tuple(shapes[name]))
             stored_rows = weights.stored.tensors[name].info.shape[0] if weights.stored is not None else shapes[name][0]
             last = max(first[0], min(first[1], stored_rows))  # rows that were added here are not the base's
@@ -153,7 +154,11 @@ def _give_adapter(module_name: str, module: AdaptedLinear, seed: int, compute_dt
     for mark, matrix in ((LORA_A, module.lora_A.weight), (LORA_B, module.lora_B.weight)):
         local(matrix.detach()).copy_(draw_adapter(module_name + mark, matrix.shape, seed)[own_part(matrix)])
     if module.lora_magnitude_vector is not None:
-        rows = local(module.weight.detach())
+        weight = module.weight.detach()
+        if isinstance(weight, DTensor) and any(isinstance(placement, Shard) and placement.dim == 1 for placement in weight.placements):
+            rows = weight.full_tensor()[own_part(module.lora_magnitude_vector)]
+        else:
+            rows = local(weight)
         dtype = compute_dtype or (module.lora_A.weight.dtype if module.is_quantized else rows.dtype)
         rows = dequantize(rows, dtype) if module.is_quantized else rows.to(dtype)
         local(module.lora_magnitude_vector.detach()).copy_(row_lengths(rows))
@@ -191,6 +196,14 @@ def plan_export_of(
     like = form if kind != "dcp" else None  # whose chunks follow the processes that wrote them
     wish = Wish(kind, meta_names=form.is_meta, prefix=form.prefix) if form is not None and kind == "dcp" else Wish(kind)
     return plan_checkpoint(wish, like, leaving, fields, stored.folder if stored else None, tokenizer, chat_template, stop_ids)
+
+
+def is_first_copy(parameter: Tensor) -> bool:
+    """Whether no lower rank holds the same part."""
+    if not isinstance(parameter, DTensor):
+        return not dist.is_initialized() or dist.get_rank() == 0
+    coordinate = parameter.device_mesh.get_coordinate() or ()
+    return all(place == 0 for place, placement in zip(coordinate, parameter.placements, strict=True) if isinstance(placement, Replicate))
 
 
 def own_part(parameter: Tensor) -> Where:

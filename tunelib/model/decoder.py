@@ -5,6 +5,7 @@ B batch, S sequence, V vocabulary.
 
 import hashlib
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,16 @@ class DecoderBody(nn.Module):
         return self.norm(x)
 
 
+class HeadShare(Protocol):
+    """Head and loss where the vocabulary is split over processes (`tunelib.parallel.tensor`)."""
+
+    def pad(
+        self, tokens: Tensor, positions: Tensor, labels: Tensor | None, lengths: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...]]: ...
+    def loss(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor: ...
+    def logits(self, hidden: Tensor, head: nn.Module) -> Tensor: ...
+
+
 class Decoder(nn.Module):
     """A causal language model.
 
@@ -83,9 +94,11 @@ class Decoder(nn.Module):
 
     Attributes:
         share: where rows are cut over processes, gives this one's part of tokens, positions and labels, and its segments; set from outside.
+        head_share: where the vocabulary is split over processes, computes loss and logits; set from outside.
     """
 
     share: Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], tuple[Tensor, Tensor, Tensor, Segments]] | None = None
+    head_share: HeadShare | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -101,10 +114,15 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, document_lengths: tuple[int, ...], labels: Tensor | None = None) -> Tensor:
         documents: tuple[int, ...] | Segments = document_lengths
+        width = tokens.shape[1]
+        if self.head_share is not None and (self.share is None or labels is None):
+            tokens, positions, labels, documents = self.head_share.pad(tokens, positions, labels, document_lengths)
         if self.share is not None and labels is not None:
             tokens, positions, labels, documents = self.share(tokens, positions, labels, document_lengths)
         hidden = self.model(tokens, positions, documents)
-        return self.lm_head(hidden) if labels is None else summed_loss(hidden, labels, self.lm_head)
+        if labels is not None:
+            return (self.head_share.loss if self.head_share is not None else summed_loss)(hidden, labels, self.lm_head)
+        return self.lm_head(hidden) if self.head_share is None else self.head_share.logits(hidden, self.lm_head)[:, :width]
 
 
 def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Decoder:

@@ -7,13 +7,16 @@ from tunelib.parallel.fsdp import apply_fsdp
 from tunelib.parallel.mesh import Layout
 from tunelib.parallel.recompute import apply_recompute
 from tunelib.parallel.runtime import Runtime
+from tunelib.parallel.tensor import apply_tensor_parallel
 
 
 def spread_model(model: Decoder, section: Parallelism, recompute: ActivationCheckpoint, layout: Layout, runtime: Runtime) -> None:
     """Change a model on the meta device in place, and then give its parameters empty storage where each belongs."""
     apply_recompute(model, recompute)
+    if layout.tensor is not None:
+        apply_tensor_parallel(model, layout.tensor)
     if layout.context is not None:
-        model.share = ContextShare(layout.context)
+        model.share = ContextShare(layout.context, layout.tensor.size() if layout.tensor is not None else 1)
     if layout.mesh is not None:
         apply_fsdp(model, layout.mesh, runtime.compute_dtype, runtime.reduce_dtype, section.fsdp_reshard_after_forward == "always")
     model.to_empty(device=runtime.device)

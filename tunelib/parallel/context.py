@@ -27,9 +27,11 @@ class ContextShare:
 
     Attributes:
         mesh: the processes that share rows.
+        unit: what the length of a part must divide by.
     """
 
     mesh: DeviceMesh
+    unit: int = 1
 
     def __call__(self, tokens: Tensor, positions: Tensor, labels: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Segments]:
         """(B, S) of whole rows → (B, S' / n) of this process's part, and what attention needs to know of it.
@@ -38,7 +40,7 @@ class ContextShare:
             lengths: of the documents, row after row. S' is S rounded up to whole chunks.
         """
         rows, width = tokens.shape
-        padding = -width % (2 * self.mesh.size())
+        padding = -width % (2 * self.mesh.size() * self.unit)
         segments = Segments(tuple(self._cut(lengths, rows, width, width + padding)), self._gather)
         return self._take(tokens, padding, 0), self._take(positions, padding, 0), self._take(labels, padding, IGNORED), segments
 

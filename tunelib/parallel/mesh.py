@@ -1,7 +1,9 @@
 """How the processes are arranged: replicas of shares of parts of rows."""
 
+import math
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tunelib.config import resolve_shard_degree
@@ -11,27 +13,29 @@ from tunelib.parallel.runtime import Runtime
 
 @dataclass(frozen=True)
 class Layout:
-    """The arrangement. Ranks count parts of rows first, then shares of the batch, then replicas of the model.
+    """The arrangement. Ranks count parts of products first, then parts of rows, shares of the batch, and replicas of the model.
 
     Attributes:
         mesh: over which parameters are sharded, with the axis "shard", and "replicate" before it where there are replicas; None where nothing
             is sharded. Processes that work on parts of one row hold different shards.
         context: the processes that work on parts of the rows of this one, with the axis "context"; None where each has whole rows.
+        tensor: the processes over which matrix products are split, with the axis "tensor"; None where they are whole.
+        sums: the processes whose losses add up: one of each that compute the same.
         data_rank: which part of every batch this process works on; num_data_ranks: into how many parts it is dealt.
-        replica: which copy of the model this process holds a shard of.
     """
 
     mesh: DeviceMesh | None
     context: DeviceMesh | None
+    tensor: DeviceMesh | None
+    sums: dist.ProcessGroup | None
     data_rank: int
     num_data_ranks: int
-    replica: int
     degrees: tuple[tuple[str, int], ...]
 
     @property
     def ranks_per_share(self) -> int:
         """Processes that work on the same rows."""
-        return self.context.size() if self.context is not None else 1
+        return math.prod(axis.size() for axis in (self.context, self.tensor) if axis is not None)
 
     @property
     def sentence(self) -> str:
@@ -41,14 +45,20 @@ class Layout:
 
 def build_layout(section: Parallelism, runtime: Runtime) -> Layout:
     """Arrange the processes as [parallelism] asks; the config check has shown that the degrees fit."""
-    replicate, context = section.data_parallel_replicate_degree, section.context_parallel_degree
+    replicate, context, split = section.data_parallel_replicate_degree, section.context_parallel_degree, section.tensor_parallel_degree
     shard = resolve_shard_degree(section, runtime.world_size)
-    assert replicate * shard * context == runtime.world_size, "checked in config/check.py"
-    degrees = (("replicated over", replicate), ("sharded over", shard * context), ("rows cut in", context))
-    mesh = rows = None
+    assert replicate * shard * context * split == runtime.world_size, "checked in config/check.py"
+    degrees = (("replicated over", replicate), ("sharded over", shard * context), ("rows cut in", context), ("products split over", split))
+    mesh = rows = products = sums = None
     if runtime.sharded:
-        sizes, names = ((replicate, shard * context), ("replicate", "shard")) if replicate > 1 else ((shard * context,), ("shard",))
-        mesh = init_device_mesh(runtime.device.type, sizes, mesh_dim_names=names)
+        axes = {"replicate": replicate, "shard": shard * context, "tensor": split}
+        names = tuple(name for name, degree in axes.items() if degree > 1 or name == "shard")
+        whole = init_device_mesh(runtime.device.type, tuple(axes[name] for name in names), mesh_dim_names=names)
+        mesh = whole["replicate", "shard"] if replicate > 1 else whole["shard"]
+        if split > 1:
+            products = whole["tensor"]
+            sums = init_device_mesh(runtime.device.type, (replicate * shard * context, split), mesh_dim_names=("sums", "tensor")).get_group("sums")
         if context > 1:
-            rows = init_device_mesh(runtime.device.type, (replicate * shard, context), mesh_dim_names=("data", "context"))["context"]
-    return Layout(mesh, rows, runtime.rank // context, replicate * shard, runtime.rank // (shard * context), degrees)
+            names = ("data", "context", "tensor")
+            rows = init_device_mesh(runtime.device.type, (replicate * shard, context, split), mesh_dim_names=names)["context"]
+    return Layout(mesh, rows, products, sums, runtime.rank // (context * split), replicate * shard, degrees)

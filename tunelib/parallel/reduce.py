@@ -16,10 +16,10 @@ from tunelib.errors import DataError, NumbersError, SaveError, TunelibError
 T = TypeVar("T")
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum over all data ranks of a tensor, in place."""
+def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum of a tensor over all ranks, or those of a group, in place."""
     if dist.is_initialized():
-        dist.all_reduce(value)
+        dist.all_reduce(value, group=group)
     return value
 
 

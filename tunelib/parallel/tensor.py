@@ -1,0 +1,143 @@
+"""Tensor parallelism: every matrix product split over several processes, which hold parts of the sequence between them.
+
+Queries, keys, values, gate and up are split by rows of their weights, what follows them by columns (Shoeybi et al. 2019); norms and the residual
+stream are split along the sequence (Korthikanti et al. 2022), embedding and head by the vocabulary, whose logits are never gathered.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from tunelib.adapters import AdaptedLinear
+from tunelib.batch import IGNORED
+from tunelib.model.decoder import Decoder
+
+BY_ROWS, BY_COLUMNS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
+    ("self_attn.o_proj", "mlp.down_proj"),
+)
+
+
+def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
+    """Split a model on the meta device in place; its parameters become parts on ``mesh``, with one axis."""
+    for layer in model.model.layers:
+        plan: dict[str, ParallelStyle] = {
+            "input_layernorm": SequenceParallel(),
+            "self_attn": PrepareModuleInput(input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)),
+            "post_attention_layernorm": SequenceParallel(),
+            "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        }
+        for name in BY_ROWS:
+            plan[name] = _AdaptedByRows() if isinstance(layer.get_submodule(name), AdaptedLinear) else ColwiseParallel()
+        for name in BY_COLUMNS:
+            is_adapted = isinstance(layer.get_submodule(name), AdaptedLinear)
+            plan[name] = _AdaptedByColumns(output_layouts=Shard(1)) if is_adapted else RowwiseParallel(output_layouts=Shard(1))
+        parallelize_module(layer, mesh, plan)
+    outer: dict[str, ParallelStyle] = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "model.norm": SequenceParallel(),
+        "lm_head": ColwiseParallel(input_layouts=Replicate(), output_layouts=Shard(-1), use_local_output=False),
+    }
+    parallelize_module(model, mesh, outer)
+    model.tie_weights()  # which the split has undone
+    model.head_share = HeadShare(mesh)
+
+
+class _AdaptedByRows(ColwiseParallel):
+    """A layer with an adapter, split as its frozen weight is: A whole, B and DoRA's lengths by rows."""
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        _distribute(module, device_mesh, lambda key: Replicate() if name == "lora_A" else Shard(0))
+
+
+class _AdaptedByColumns(RowwiseParallel):
+    """A layer with an adapter, split as its frozen weight is: A by columns, B and DoRA's lengths whole."""
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        _distribute(module, device_mesh, lambda key: Shard(1) if name in ("", "lora_A") and key == "weight" else Replicate())
+
+
+def _distribute(module: nn.Module, mesh: DeviceMesh, place) -> None:
+    for key, parameter in list(module.named_parameters(recurse=False)):
+        part = distribute_tensor(parameter.detach(), mesh, [place(key)])
+        module.register_parameter(key, nn.Parameter(part, requires_grad=parameter.requires_grad))
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """The head and the loss where the vocabulary is split.
+
+    Attributes:
+        mesh: the processes that share it.
+    """
+
+    mesh: DeviceMesh
+
+    def pad(
+        self, tokens: Tensor, positions: Tensor, labels: Tensor | None, lengths: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+        """Rows whose length divides by the processes; what is added is a document of its own, at the end of each row."""
+        width = tokens.shape[1]
+        padding = -width % self.mesh.size()
+        if not padding:
+            return tokens, positions, labels, lengths
+        padded, place = [], 0
+        for length in lengths:
+            padded.append(length)
+            place += length
+            if place % width == 0:
+                padded.append(padding)
+        tokens, positions = F.pad(tokens, (0, padding)), F.pad(positions, (0, padding))
+        return tokens, positions, None if labels is None else F.pad(labels, (0, padding), value=IGNORED), tuple(padded)
+
+    def loss(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+        """What `tunelib.model.loss.summed_loss` gives, without logits of the whole vocabulary anywhere."""
+        whole = hidden.redistribute(placements=[Replicate()]).to_local() if isinstance(hidden, DTensor) else hidden
+        trained = labels != IGNORED
+        logits = head(whole[trained]).to_local()  # (T, V / n)
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        first = self.mesh.get_local_rank() * logits.shape[1]
+        return _SummedLoss.apply(logits.to(precise), labels[trained] - first, self.mesh.get_group())
+
+    def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
+        """(B, S, V), whole on every process."""
+        whole = hidden.redistribute(placements=[Replicate()]).to_local() if isinstance(hidden, DTensor) else hidden
+        return head(whole).full_tensor()
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Cross-entropy summed over tokens, of logits (T, V / n) of which each process has a part."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Args: labels, counted from the first of this process's logits; those of others lie outside."""
+        largest = logits.amax(dim=1) if logits.shape[0] else logits.new_empty(0)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        powers = (logits - largest[:, None]).exp_()
+        sums = powers.sum(dim=1)
+        is_here = (labels >= 0) & (labels < logits.shape[1])
+        inside = labels.clamp(0, logits.shape[1] - 1)[:, None]
+        chosen = torch.where(is_here, (logits.gather(1, inside)[:, 0] - largest), 0.0)
+        both = torch.stack((sums, chosen))
+        dist.all_reduce(both, group=group)
+        sums, chosen = both
+        ctx.save_for_backward(powers.div_(sums[:, None]), inside, is_here)
+        return (sums.log() - chosen).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        shares, inside, is_here = ctx.saved_tensors
+        return shares.scatter_add(1, inside, -is_here.to(shares.dtype)[:, None]) * grad, None, None
