@@ -47,6 +47,7 @@ from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.mesh import Layout, build_layout
 from tunelib.parallel.reduce import agree, agreed, any_rank, check_finite, check_same, clip_gradients, gather_objects, sum_over_ranks
 from tunelib.parallel.runtime import DTYPES, Runtime, StopSignal, hold_folder, leave, run_main, start, step_timeout
+from tunelib.parallel.tensor import check_split
 from tunelib.schedule import lr_factor
 
 
@@ -80,6 +81,7 @@ def main(argv: list[str]) -> None:
             weights = find_weights(config.model, config.checkpoint.initial_load_path, vocab_size, config.training.seq_len)
             model = build_on_meta(weights.config, runtime.param_dtype)
             check_weights(weights)
+            check_split(weights.config, config.lora, config.parallelism.tensor_parallel_degree)
             if config.lora.enable:
                 add_adapters(model, config.lora)
 

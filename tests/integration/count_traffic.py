@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunelib.adapters import add_adapters
@@ -30,7 +31,9 @@ class Traffic(TorchDispatchMode):
         self.sent: dict[str, list[int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # to see what it does inside
+        if func.namespace in ("c10d", "_c10d_functional") and not any(word in str(func) for word in ("wait_tensor", "_wrap_tensor")):
             kind = next((kind for part, kind in KINDS.items() if part in str(func)), str(func))
             entry = self.sent.setdefault(kind, [0, 0])
             entry[0] += 1

@@ -50,34 +50,59 @@ KINDS = {
     "tied": [*FULL, "--model.tie_word_embeddings"],
     "recompute": [*FULL, "--activation_checkpoint.mode", "full"],
 }
+EVERYWHERE = ("full", "LoRA")
+"""What is trained on every layout; the other kinds on those of two processes and on one pair."""
+
+
+def list_kinds(layout: str) -> list[str]:
+    has_all = layout in ("one", "2 replicate", "2 context", "2 tensor", "4 context, tensor")
+    return [kind for kind in KINDS if (has_all or kind in EVERYWHERE) and not (kind == "QLoRA" and "tensor" in layout)]  # which is refused by name
+
+
 COMMON = ["--training.steps", "10", "--lr_scheduler.warmup_steps", "3", "--checkpoint.enable_checkpoint", "--checkpoint.interval", "5"]
 
 
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Run]:
-    """Every kind of training on one process, and on every layout."""
-    folder = tmp_path_factory.mktemp("grid")
-    data = write_chats(folder / "chats.jsonl", 300)
-    extra = '[validation]\nenable = true\nfraction = 0.1\nfreq = 10\nprompts = ["say sage"]\nmax_new_tokens = 4\n'
-    toml = write_toml(folder / "tiny.toml", data, extra)
+class Grid:
+    """Every kind of training on one process, and on every layout; each layout is run when it is first asked for.
 
-    def words_of(name: str, kind: str, layout: list[str]) -> list[str]:
+    The processes of one layout run nothing else: torch remembers how it spread what over which groups.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        data = write_chats(folder / "chats.jsonl", 300)
+        extra = '[validation]\nenable = true\nfraction = 0.1\nfreq = 10\nprompts = ["say sage"]\nmax_new_tokens = 4\n'
+        self.toml = write_toml(folder / "tiny.toml", data, extra)
+        self._done: set[str] = set()
+
+    def run(self, layout: str, kind: str) -> Run:
+        if layout not in self._done:
+            size, words = next(((size, words) for (size, name), words in LAYOUTS.items() if f"{size} {name}" == layout), (1, []))
+            run_processes([self._words(layout, name, words) for name in list_kinds(layout)], size, timeout=400)
+            self._done.add(layout)
+        return Run(self.folder / f"{layout}-{kind}")
+
+    def _words(self, layout: str, kind: str, words: list[str]) -> list[str]:
         wide = ["--model.hidden_size", "64"] if kind == "QLoRA" else []
-        return [str(toml), "--job.dump_folder", str(folder / f"{name}-{kind}"), *COMMON, *KINDS[kind], *wide, *layout]
-
-    run_processes([words_of("one", kind, []) for kind in KINDS], 1)
-    for world_size in (2, 4):
-        cases = [words_of(f"{world_size} {name}", kind, layout) for (size, name), layout in LAYOUTS.items() if size == world_size for kind in KINDS]
-        run_processes(cases, world_size, timeout=600)
-    names = ["one", *(f"{size} {name}" for size, name in LAYOUTS)]
-    return {(name, kind): Run(folder / f"{name}-{kind}") for name in names for kind in KINDS}
+        return [str(self.toml), "--job.dump_folder", str(self.folder / f"{layout}-{kind}"), *COMMON, *KINDS[kind], *wide, *words]
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", [f"{size} {name}" for size, name in LAYOUTS])
-def test_every_layout_trains_as_one_process(grid: dict[tuple[str, str], Run], layout: str, kind: str) -> None:
-    one, spread = grid["one", kind], grid[layout, kind]
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
+    return Grid(tmp_path_factory.mktemp("grid"))
+
+
+GRID = [
+    pytest.param(f"{size} {name}", kind, marks=[pytest.mark.slow] if size > 2 else [])
+    for size, name in LAYOUTS
+    for kind in list_kinds(f"{size} {name}")
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("layout", "kind"), GRID)
+def test_every_layout_trains_as_one_process(grid: Grid, layout: str, kind: str) -> None:
+    one, spread = grid.run("one", kind), grid.run(layout, kind)
     tolerance = FP32_RELATIVE if kind == "fp32" else FLOAT64_RELATIVE
     for name in ("loss", "grad_norm", "validation_loss"):
         assert len(one.series(name)) == (2 if name == "validation_loss" else 10)
@@ -93,23 +118,31 @@ def test_every_layout_trains_as_one_process(grid: dict[tuple[str, str], Run], la
 # Saved on one layout, resumed on another; "one" is one process.
 MOVES = {
     1: [("2 context", [])],
-    2: [("one", CONTEXT), ("4 replicate, shard", CONTEXT), ("4 shard", REPLICATE), ("4 replicate, context", [])],
-    4: [("2 replicate", CONTEXT), ("2 context", [*REPLICATE, *CONTEXT]), ("one", REPLICATE)],
+    2: [
+        ("one", TENSOR),
+        ("4 context, tensor", []),
+        ("one", CONTEXT),
+        ("4 replicate, shard", CONTEXT),
+        ("4 shard", REPLICATE),
+        ("4 replicate, context", []),
+    ],
+    4: [("2 tensor", TENSOR), ("2 replicate", CONTEXT), ("2 context", [*REPLICATE, *CONTEXT]), ("one", REPLICATE)],
 }
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["full", "LoRA"])
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", EVERYWHERE)
 @pytest.mark.parametrize("world_size", MOVES)
-def test_run_saved_on_one_layout_goes_on_on_another(grid: dict[tuple[str, str], Run], tmp_path: Path, world_size: int, kind: str) -> None:
+def test_run_saved_on_one_layout_goes_on_on_another(grid: Grid, tmp_path: Path, world_size: int, kind: str) -> None:
     cases = []
     for number, (saved, layout) in enumerate(MOVES[world_size]):
-        run = grid[saved, kind]
+        run = grid.run(saved, kind)
         shutil.copytree(run.folder / "checkpoint/step-5", tmp_path / str(number) / "checkpoint/step-5")
-        cases.append([str(run.folder.parent / "tiny.toml"), "--job.dump_folder", str(tmp_path / str(number)), *COMMON, *KINDS[kind], *layout])
+        cases.append([str(grid.toml), "--job.dump_folder", str(tmp_path / str(number)), *COMMON, *KINDS[kind], *layout])
     run_processes(cases, world_size, timeout=300)
     for number, (saved, _) in enumerate(MOVES[world_size]):
-        assert Run(tmp_path / str(number)).series("loss") == pytest.approx(grid["one", kind].series("loss")[5:], rel=FLOAT64_RELATIVE), saved
+        assert Run(tmp_path / str(number)).series("loss") == pytest.approx(grid.run("one", kind).series("loss")[5:], rel=FLOAT64_RELATIVE), saved
 
 
 LAYERS = 2
@@ -121,6 +154,12 @@ TRAFFIC: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
         4,
         {"data_parallel_replicate_degree": 2},
         {"all_gather": GATHERED, "reduce_scatter": LAYERS + 1, "all_reduce": LAYERS + 1},
+    ),
+    # A gather before attention and feed-forward, a scatter after each, and the reverse going back; embedding, head, norms, 3 of the loss.
+    "tensor": (
+        2,
+        {"tensor_parallel_degree": 2},
+        {"all_gather": 4 * LAYERS + 2, "reduce_scatter": 4 * LAYERS + 1, "all_reduce": 2 * LAYERS + 1 + 3},
     ),
     "context": (2, {"context_parallel_degree": 2}, {"all_gather": GATHERED + LAYERS, "reduce_scatter": 2 * LAYERS + 1}),
 }

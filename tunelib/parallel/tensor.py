@@ -23,6 +23,9 @@ from torch.distributed.tensor.parallel import (
 
 from tunelib.adapters import AdaptedLinear
 from tunelib.batch import IGNORED
+from tunelib.config.schema import Lora
+from tunelib.errors import ConfigError
+from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder
 
 BY_ROWS, BY_COLUMNS = (
@@ -31,8 +34,26 @@ BY_ROWS, BY_COLUMNS = (
 )
 
 
+def check_split(config: ModelConfig, lora: Lora, degree: int) -> None:
+    """Make sure that a model divides by a degree of tensor parallelism.
+
+    Raises:
+        ConfigError: naming what does not, and the largest degree below that works.
+    """
+    key = f"parallelism.tensor_parallel_degree = {degree}"
+    if degree > 1 and lora.enable and lora.quantize_base != "none":
+        raise ConfigError(f"{key}: a base in {lora.quantize_base} is not split; shard it with parallelism.data_parallel_shard_degree instead")
+    if degree > 1 and lora.enable and lora.dropout:
+        raise ConfigError(f"{key}: lora.dropout = {lora.dropout:g} cannot be drawn alike where products are split; set it to 0")
+    sizes = {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")}
+    if unfit := [f"{name} = {size}" for name, size in sizes.items() if size % degree]:
+        below = next(number for number in range(degree - 1, 0, -1) if not any(size % number for size in sizes.values()))
+        raise ConfigError(f"{key} does not divide {' and '.join(unfit)}; the nearest below that works is {below}")
+
+
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Split a model on the meta device in place; its parameters become parts on ``mesh``, with one axis."""
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for layer in model.model.layers:
         plan: dict[str, ParallelStyle] = {
             "input_layernorm": SequenceParallel(),
@@ -52,7 +73,9 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
         "lm_head": ColwiseParallel(input_layouts=Replicate(), output_layouts=Shard(-1), use_local_output=False),
     }
     parallelize_module(model, mesh, outer)
-    model.tie_weights()  # which the split has undone
+    model.tie_weights()  # which the split has undone, as it has what is frozen
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])
     model.head_share = HeadShare(mesh)
 
 
@@ -72,8 +95,7 @@ class _AdaptedByColumns(RowwiseParallel):
 
 def _distribute(module: nn.Module, mesh: DeviceMesh, place) -> None:
     for key, parameter in list(module.named_parameters(recurse=False)):
-        part = distribute_tensor(parameter.detach(), mesh, [place(key)])
-        module.register_parameter(key, nn.Parameter(part, requires_grad=parameter.requires_grad))
+        module.register_parameter(key, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [place(key)])))
 
 
 @dataclass(frozen=True)
