@@ -593,19 +593,18 @@ def _(lab: Lab) -> None:
 # [parallelism]
 
 
-@shows("parallelism.data_parallel_replicate_degree", "parallelism.context_parallel_degree")
+@shows("parallelism.data_parallel_replicate_degree", "parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree")
 def _(lab: Lab) -> None:
     """What they do is shown where there are processes: tests/integration/test_layouts.py."""
-    for name in ("data_parallel_replicate", "context_parallel"):
+    for name in ("data_parallel_replicate", "context_parallel", "tensor_parallel"):
         assert f"parallelism.{name}_degree" in lab.refusal(f"--parallelism.{name}_degree", "2", world_size=3)
 
 
-@shows("parallelism.tensor_parallel_degree", "parallelism.pipeline_parallel_degree")
+@shows("parallelism.pipeline_parallel_degree")
 def _(lab: Lab) -> None:
-    for name in ("tensor_parallel", "pipeline_parallel"):
-        message = lab.refusal(f"--parallelism.{name}_degree", "2", world_size=2)
-        assert f"parallelism.{name}_degree" in message
-        assert "not built yet" in message
+    message = lab.refusal("--parallelism.pipeline_parallel_degree", "2", world_size=2)
+    assert "parallelism.pipeline_parallel_degree" in message
+    assert "not built yet" in message
 
 
 @shows("parallelism.data_parallel_shard_degree")

@@ -168,7 +168,7 @@ CASES: dict[str, Case] = {
     "not built: sections": add("[lora]\nrank = 8\n[compile]\nenable = true\n[activation_checkpoint]\nmode = 'full'\n[profiling]\nprofile_freq = 1"),
     "not built: keys": add("on_nonfinite = 'skip'\nenable_cpu_offload = true\n[metrics]\nenable_wandb = true\nenable_tensorboard = true"),
     "not built: checkpoint keys": add("[checkpoint]\nenable_checkpoint = true\nasync_mode = 'async'\nexclude_from_loading = ['optimizer']"),
-    "not built: degrees": say("--parallelism.tensor_parallel_degree", "2", "--parallelism.data_parallel_replicate_degree=2", world_size=4),
+    "not built: degrees": say("--parallelism.tensor_parallel_degree", "2", "--parallelism.pipeline_parallel_degree=2", world_size=4),
     "not built: an older spelling of a degree": say("--experimental.pipeline_parallel_degree", "2", world_size=2),
     "degrees beyond the processes": say("--parallelism.data_parallel_replicate_degree=2", "--parallelism.context_parallel_degree", "2", world_size=2),
     "degrees that do not divide": say("--parallelism.data_parallel_replicate_degree=3", world_size=4),
