@@ -31,7 +31,15 @@ from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import CheckpointError, Stopped, TunelibError
 from tunelib.files import replace_file
 from tunelib.formats.fingerprint import fingerprint_of
-from tunelib.formats.load import check_weights, check_weights_path, find_tokenizer_folder, find_weights, give_weights, plan_export_of
+from tunelib.formats.load import (
+    check_weights,
+    check_weights_path,
+    find_tokenizer_folder,
+    find_weights,
+    give_lengths_of_cut_rows,
+    give_weights,
+    plan_export_of,
+)
 from tunelib.formats.peft import check_adapter, export_adapter, open_adapter, trained_shapes
 from tunelib.formats.prove import describe_export, export_model
 from tunelib.formats.source import expected_shapes
@@ -140,6 +148,8 @@ def main(argv: list[str]) -> None:
         elif decision.kind == "fresh" or config.lora.enable:
             with agreed():
                 checksums = give_weights(model, weights, config.training.seed, adapter_tensors, runtime.compute_dtype)
+            if adapter is None:
+                give_lengths_of_cut_rows(model, runtime.compute_dtype)
             base = fingerprint_of(checksums)
             if decision.state is not None:
                 check_base(decision.state.base, base, f"the checkpoint {decision.folder}")

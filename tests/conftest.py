@@ -98,11 +98,20 @@ def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240) -
     A process that fails or hangs fails the test: all are killed, and the first error output is shown.
     """
     ports = [free_port() for _ in cases]
-    command = [sys.executable, "-W", "error", str(ROOT / "tests/integration/worker.py"), json.dumps([cases, ports])]
-    common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    run_ranks(["-W", "error", str(ROOT / "tests/integration/worker.py"), json.dumps([cases, ports])], world_size, timeout)
+
+
+def run_ranks(words: list[str], world_size: int, timeout: int = 120) -> list[str]:
+    """Run a Python program as so many processes of one group; what each printed. One that fails or hangs fails the test, and all are killed."""
+    group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = os.environ | group | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     workers = [
         subprocess.Popen(
-            command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, *words],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(world_size)
     ]
@@ -114,31 +123,13 @@ def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240) -
             worker.wait()
     for worker, output in zip(workers, outputs, strict=True):
         assert worker.returncode == 0, output[-6000:]
+    return outputs
 
 
 def count_traffic(model: Path, world_size: int, layout: dict[str, int], lora: dict[str, Any]) -> list[dict[str, Any]]:
     """What every process sends in a step of a model folder on a layout; see tests/integration/count_traffic.py."""
-    command = [sys.executable, str(ROOT / "tests/integration/count_traffic.py"), str(model)]
-    port, fields = str(free_port()), [json.dumps(layout), json.dumps(lora)]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(world_size), port, *fields],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output[-4000:]
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+    words = [str(ROOT / "tests/integration/count_traffic.py"), str(model), json.dumps(layout), json.dumps(lora)]
+    return [json.loads(output.splitlines()[-1]) for output in run_ranks(words, world_size)]
 
 
 def free_port() -> int:

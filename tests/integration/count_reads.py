@@ -1,6 +1,5 @@
 """One of several processes that give a spread model its weights from a folder; prints what it read (test_formats_in_training.py)."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -21,8 +20,7 @@ def bytes_read() -> int:
 
 
 def main(words: list[str]) -> None:
-    folder, rank, world_size, port = words
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    (folder,) = words
     with start(Training(), Comm()) as runtime:
         layout = build_layout(Parallelism(), runtime)
         # Once on the meta device and for imports that happen on the way.

@@ -1,7 +1,6 @@
 """One of several processes that take a step of a spread model; prints what it sent: kind → [calls, numbers] (test_lora.py, test_layouts.py)."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -42,8 +41,7 @@ class Traffic(TorchDispatchMode):
 
 
 def main(words: list[str]) -> None:
-    folder, rank, world_size, port, layout_fields, lora_fields = words
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    folder, layout_fields, lora_fields = words
     section, lora = Parallelism(**json.loads(layout_fields)), Lora(**json.loads(lora_fields))
     with start(Training(), Comm()) as runtime:
         weights = find_weights(Model(), folder, 0, 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import foreign
 import pytest
 import torch
-from conftest import ROOT, TOKENIZER, Run, run_processes, write_chats, write_toml
+from conftest import ROOT, TOKENIZER, Run, run_processes, run_ranks, write_chats, write_toml
 
 import tunelib.formats.load as load
 import tunelib.formats.write as write
@@ -211,22 +211,7 @@ def test_dcp_to_torch_of_a_model_only_checkpoint_is_flat_and_taken_back(tmp_path
 def test_four_processes_read_little_more_than_their_shares(tmp_path: Path) -> None:
     """Bytes that each process asks the system for, by /proc, while weights are given to a spread model."""
     foreign.make_hf(tmp_path / "hf", shards=3, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, head_dim=64, vocab_size=4096)
-    ports = [str(port) for port in (29555,)]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/integration/count_reads.py"), str(tmp_path / "hf"), str(rank), "4", ports[0]],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+    outputs = run_ranks([str(ROOT / "tests/integration/count_reads.py"), str(tmp_path / "hf")], 4)
     total = sum(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
     for output in outputs:
         found = re.search(r"read (\d+) of own (\d+)", output)

@@ -38,7 +38,7 @@ class LiveWeights:
         if module is None:
             return self._parameters[name if name in self._parameters else self._tied_to]
         weight, rows = module.weight.detach(), local(module.weight.detach())
-        if isinstance(weight, DTensor) and any(isinstance(placement, Shard) and placement.dim == 1 for placement in weight.placements):
+        if is_cut_by_columns(weight):
             low, high = gather(module.lora_A.weight.detach()), gather(module.lora_B.weight.detach())
             lengths = None if module.lora_magnitude_vector is None else gather(module.lora_magnitude_vector.detach())
             return merge(gather(weight), low, high, module.scaling, lengths).to(low.dtype)
@@ -57,6 +57,11 @@ class LiveWeights:
     def read(self, name: str, where: Where = ()) -> Tensor:
         """A weight, or its part, gathered on every rank."""
         return gather(self.get(name))[where]
+
+
+def is_cut_by_columns(tensor: Tensor) -> bool:
+    """Whether ranks have parts of rows, so that none has a row whole."""
+    return isinstance(tensor, DTensor) and any(isinstance(placement, Shard) and placement.dim == 1 for placement in tensor.placements)
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tunelib.adapters import LORA_A, LORA_B, AdaptedLinear, draw_adapter, is_of_adapter, row_lengths
@@ -21,6 +21,7 @@ from tunelib.files import has_manifest
 from tunelib.formats.export import plan_checkpoint
 from tunelib.formats.fingerprint import checksum_of
 from tunelib.formats.found import find_kind, says_what_model
+from tunelib.formats.live import gather, is_cut_by_columns
 from tunelib.formats.plan import Plan, Wish
 from tunelib.formats.source import StoredModel, check_files, check_model, expected_shapes, open_checkpoint
 from tunelib.formats.tensors import Region, TensorInfo, Where, bounds_of
@@ -108,6 +109,7 @@ def give_weights(
 ) -> dict[str, int]:
     """Fill every parameter, each rank its own shards only.
 
+    DoRA's lengths follow with `give_lengths_of_cut_rows`, where rows are cut.
     Rows that an embedding or a head has beyond those stored become the mean of the stored ones.
 
     Args:
@@ -153,15 +155,22 @@ def _give_adapter(module_name: str, module: AdaptedLinear, seed: int, compute_dt
     """Fresh matrices; and for DoRA the lengths of the base's rows as it computes with them, each rank its own."""
     for mark, matrix in ((LORA_A, module.lora_A.weight), (LORA_B, module.lora_B.weight)):
         local(matrix.detach()).copy_(draw_adapter(module_name + mark, matrix.shape, seed)[own_part(matrix)])
-    if module.lora_magnitude_vector is not None:
-        weight = module.weight.detach()
-        if isinstance(weight, DTensor) and any(isinstance(placement, Shard) and placement.dim == 1 for placement in weight.placements):
-            rows = weight.full_tensor()[own_part(module.lora_magnitude_vector)]
-        else:
-            rows = local(weight)
-        dtype = compute_dtype or (module.lora_A.weight.dtype if module.is_quantized else rows.dtype)
-        rows = dequantize(rows, dtype) if module.is_quantized else rows.to(dtype)
-        local(module.lora_magnitude_vector.detach()).copy_(row_lengths(rows))
+    if module.lora_magnitude_vector is not None and not is_cut_by_columns(module.weight):
+        _give_lengths(module, local(module.weight.detach()), compute_dtype)
+
+
+def give_lengths_of_cut_rows(model: Decoder, compute_dtype: torch.dtype) -> None:
+    """Begin DoRA's lengths where no rank has whole rows of the weight, which `give_weights` leaves out. Collective."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear) and module.lora_magnitude_vector is not None and is_cut_by_columns(module.weight):
+            _give_lengths(module, gather(module.weight.detach())[own_part(module.lora_magnitude_vector)], compute_dtype)
+
+
+def _give_lengths(module: AdaptedLinear, rows: Tensor, compute_dtype: torch.dtype | None) -> None:
+    assert module.lora_magnitude_vector is not None
+    dtype = compute_dtype or (module.lora_A.weight.dtype if module.is_quantized else rows.dtype)
+    rows = dequantize(rows, dtype) if module.is_quantized else rows.to(dtype)
+    local(module.lora_magnitude_vector.detach()).copy_(row_lengths(rows))
 
 
 def plan_export_of(
