@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
             if runtime.is_main:
                 check_own_config(folder / "config.toml")
 
-        # Spread the model, which has been on paper so far: FSDP2, then empty storage where each shard belongs.
+        # Spread the model, which has been on paper so far: split, cut, recompute, FSDP2, then empty storage where each shard belongs.
         spread_model(model, config.parallelism, config.activation_checkpoint, layout, runtime)
 
         # Give weights, unless a full checkpoint will: drawn, or any format straight into the shards. Frozen ones are in no checkpoint.

@@ -37,19 +37,12 @@ class LiveWeights:
         module = self._adapted.get(name)
         if module is None:
             return self._parameters[name if name in self._parameters else self._tied_to]
-        weight, rows = module.weight.detach(), local(module.weight.detach())
-        if is_cut_by_columns(weight):
-            low, high = gather(module.lora_A.weight.detach()), gather(module.lora_B.weight.detach())
-            lengths = None if module.lora_magnitude_vector is None else gather(module.lora_magnitude_vector.detach())
-            return merge(gather(weight), low, high, module.scaling, lengths).to(low.dtype)
-        lora_a = module.lora_A.weight.detach()
-        whole_a = lora_a.full_tensor() if isinstance(lora_a, DTensor) else lora_a
-        magnitude = module.lora_magnitude_vector
-        rows = dequantize(rows, whole_a.dtype) if module.is_quantized else rows
-        merged = merge(
-            rows, whole_a, local(module.lora_B.weight.detach()), module.scaling, None if magnitude is None else local(magnitude.detach())
-        ).to(whole_a.dtype)
-        if not isinstance(weight, DTensor):
+        weight, low, magnitude = module.weight.detach(), gather(module.lora_A.weight.detach()), module.lora_magnitude_vector
+        take = gather if is_cut_by_columns(weight) else local  # where no rank has whole rows, each works on all of them
+        rows = dequantize(take(weight), low.dtype) if module.is_quantized else take(weight)
+        lengths = None if magnitude is None else take(magnitude.detach())
+        merged = merge(rows, low, take(module.lora_B.weight.detach()), module.scaling, lengths).to(low.dtype)
+        if take is gather or not isinstance(weight, DTensor):
             return merged
         shape = torch.Size((module.out_features, module.in_features))
         return DTensor.from_local(merged, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=(module.in_features, 1))

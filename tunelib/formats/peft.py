@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,12 @@ class StoredAdapter:
         """What B A is multiplied with."""
         return scaling_of(self.rank, self.alpha, self.use_rslora)
 
-    @property
+    @cached_property
     def modules(self) -> set[str]:
         """The names of the adapted layers."""
         return {name.removesuffix(LORA_A) for name in self.tensors if name.endswith(LORA_A)}
 
-    @property
+    @cached_property
     def whole(self) -> set[str]:
         """The names of weights trained in full."""
         return {name for name in self.tensors if not name.endswith(MARKS)}

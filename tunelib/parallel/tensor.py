@@ -4,6 +4,7 @@ Queries, keys, values, gate and up are split by rows of their weights, what foll
 stream are split along the sequence (Korthikanti et al. 2022), embedding and head by the vocabulary, whose logits are never gathered.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -28,10 +29,8 @@ from tunelib.errors import ConfigError
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder
 
-BY_ROWS, BY_COLUMNS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
-    ("self_attn.o_proj", "mlp.down_proj"),
-)
+BY_ROWS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+BY_COLUMNS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def check_split(config: ModelConfig, lora: Lora, degree: int) -> None:
@@ -93,7 +92,7 @@ class _AdaptedByColumns(RowwiseParallel):
         _distribute(module, device_mesh, lambda key: Shard(1) if name in ("", "lora_A") and key == "weight" else Replicate())
 
 
-def _distribute(module: nn.Module, mesh: DeviceMesh, place) -> None:
+def _distribute(module: nn.Module, mesh: DeviceMesh, place: Callable[[str], Placement]) -> None:
     for key, parameter in list(module.named_parameters(recurse=False)):
         module.register_parameter(key, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [place(key)])))
 
@@ -127,17 +126,21 @@ class HeadShare:
 
     def loss(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
         """What `tunelib.model.loss.summed_loss` gives, without logits of the whole vocabulary anywhere."""
-        whole = hidden.redistribute(placements=[Replicate()]).to_local() if isinstance(hidden, DTensor) else hidden
         trained = labels != IGNORED
-        logits = head(whole[trained]).to_local()  # (T, V / n)
+        logits = head(_whole(hidden)[trained]).to_local()  # (T, V / n)
         precise = torch.promote_types(logits.dtype, torch.float32)
         first = self.mesh.get_local_rank() * logits.shape[1]
         return _SummedLoss.apply(logits.to(precise), labels[trained] - first, self.mesh.get_group())
 
     def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
         """(B, S, V), whole on every process."""
-        whole = hidden.redistribute(placements=[Replicate()]).to_local() if isinstance(hidden, DTensor) else hidden
-        return head(whole).full_tensor()
+        return head(_whole(hidden)).full_tensor()
+
+
+def _whole(hidden: Tensor) -> Tensor:
+    """(B, S, hidden) on every process, of what the last norm leaves split along the sequence."""
+    assert isinstance(hidden, DTensor)
+    return hidden.redistribute(placements=[Replicate()]).to_local()
 
 
 class _SummedLoss(torch.autograd.Function):
