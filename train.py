@@ -53,7 +53,8 @@ from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.mesh import Layout, build_layout
-from tunelib.parallel.reduce import agree, agreed, any_rank, check_finite, check_same, clip_gradients, gather_objects, sum_over_ranks
+from tunelib.parallel.pipeline import Pipeline, plan_stages
+from tunelib.parallel.reduce import agree, agreed, any_rank, check_finite, check_same, clip_gradients, sum_over_ranks
 from tunelib.parallel.runtime import DTYPES, Runtime, StopSignal, hold_folder, leave, run_main, start, step_timeout
 from tunelib.parallel.tensor import check_split
 from tunelib.schedule import lr_factor
@@ -73,7 +74,8 @@ def main(argv: list[str]) -> None:
         layout = build_layout(config.parallelism, runtime)
         # What adapters leave out of their inputs differs from rank to rank, but where ranks split the same products.
         torch.manual_seed((config.training.seed + runtime.rank // config.parallelism.tensor_parallel_degree) % 2**63)
-        share = Share(layout.data_rank, layout.num_data_ranks, resolve_local_batch_size(config.training, layout.num_data_ranks))
+        micro_batch = resolve_local_batch_size(config.training, config.parallelism, runtime.world_size)
+        share = Share(layout.data_rank, layout.num_data_ranks, micro_batch)
 
         with agreed():
             # Words. Without a tokenizer of its own a model is given the one beside its weights; conversations need a chat template.
@@ -92,6 +94,8 @@ def main(argv: list[str]) -> None:
             check_split(weights.config, config.lora, config.parallelism.tensor_parallel_degree)
             if config.lora.enable:
                 add_adapters(model, config.lora)
+            stages = plan_stages(model, config.parallelism, config.training.seq_len)
+            trained = trained_shapes(model)
 
             # Data: every document's tokens, and the order, but no batch yet.
             train_data = held_out = None
@@ -103,7 +107,7 @@ def main(argv: list[str]) -> None:
                 held_out_where = HeldOut(section.path, section.split, section.fraction)
                 documents = build_documents(words, config.dataset, training.seq_len, rows_of_model, held_out_where, console.say)
                 batches = Batches(training.seq_len, training.global_batch_size, training.seed, share)
-                train_data = build_train_data(words, config.dataset, documents.train, rows_of_model, batches, Ranks(agree, gather_objects))
+                train_data = build_train_data(words, config.dataset, documents.train, rows_of_model, batches, Ranks(agree, layout.gather_shares))
                 data_lines = [describe_documents(train_data)] if isinstance(train_data, TrainData) else []
                 data_lines += [*documents.notes, *words.notes, *train_data.notes]
                 if documents.held_out is not None:
@@ -134,12 +138,12 @@ def main(argv: list[str]) -> None:
                 check_identity(decision.state.identity, origin if decision.kind == "seed" else identity)
             elif config.lora.adapter_path:
                 adapter = open_adapter(Path(config.lora.adapter_path))
-                adapter_tensors = check_adapter(adapter, config.lora, weights.config, trained_shapes(model))
+                adapter_tensors = check_adapter(adapter, config.lora, weights.config, trained)
             if runtime.is_main:
                 check_own_config(folder / "config.toml")
 
         # Spread the model, which has been on paper so far: split, cut, recompute, FSDP2, then empty storage where each shard belongs.
-        spread_model(model, config.parallelism, config.activation_checkpoint, layout, runtime)
+        spread_model(model, config.parallelism, config.activation_checkpoint, layout, runtime, stages)
 
         # Give weights, unless a full checkpoint will: drawn, or any format straight into the shards. Frozen ones are in no checkpoint.
         base = ""
@@ -191,7 +195,7 @@ def main(argv: list[str]) -> None:
             samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
         origin_of_weights = weights.sentence if decision.kind == "fresh" or config.lora.enable else "weights from the checkpoint"
         num_parameters = sum(shape.numel() for shape in expected_shapes(model.config).values())
-        for line in opening_lines(config, runtime, layout, model, num_parameters, data_lines, num_steps, origin_of_weights, export.notes):
+        for line in opening_lines(config, runtime, layout, trained, num_parameters, data_lines, num_steps, origin_of_weights, export.notes):
             console.say(line)
         summary = Summary()
 
@@ -210,7 +214,7 @@ def main(argv: list[str]) -> None:
 
         def save() -> Path | None:
             tensors = model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device)
-            streams = gather_objects(train_data.state())[:: layout.ranks_per_share] if isinstance(train_data, StreamData) else None
+            streams = layout.gather_shares(train_data.state()) if isinstance(train_data, StreamData) else None
             return manager.save(tensors, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity, streams, base))
 
         if step == 0:
@@ -288,13 +292,16 @@ def train_step(
         NumbersError: on every rank, before the weights change, where a gradient is not finite.
     """
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for batch in work.batches:
-        batch = batch.to(runtime.device)
-        summed = model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
-        # The step's trained tokens are known beforehand, over all ranks and micro-batches: sums of gradients need no more scaling.
-        (summed / work.num_trained).backward()
-        total += summed.detach()
-    grad_norm = clip_gradients(model.parameters(), max_norm).item()
+    if isinstance(model.pipeline, Pipeline):
+        total += model.pipeline.train(work.batches, work.num_trained)  # the same in the order of a schedule
+    else:
+        for batch in work.batches:
+            batch = batch.to(runtime.device)
+            summed = model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
+            # The step's trained tokens are known beforehand, over all ranks and micro-batches: sums of gradients need no more scaling.
+            (summed / work.num_trained).backward()
+            total += summed.detach()
+    grad_norm = clip_gradients(model.parameters(), max_norm, layout.pipeline).item()
     loss = sum_over_ranks(total, layout.sums).item() / work.num_trained
     check_finite(loss, grad_norm, work.number)
     set_lr(optimizer, lr)

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tunelib.config import load_or_exit, resolve_local_batch_size
+from tunelib.config.schema import Parallelism
 from tunelib.data.loader import Share, TrainData
 from tunelib.data.prepare import ALONE, Batches, HeldOut, build_documents, build_train_data, find_words
 from tunelib.data.preview import COLOURED, PLAIN, describe_all, show_rendering, show_row
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
     weights = find_weights(config.model, config.checkpoint.initial_load_path, words.tokenizer.vocab_size, training.seq_len)
     vocab_size, held_out_where = weights.config.vocab_size, HeldOut(held_out.path, held_out.split, held_out.fraction)
     documents = build_documents(words, section, training.seq_len, vocab_size, held_out_where, say=print)
-    batches = Batches(training.seq_len, training.global_batch_size, training.seed, Share(0, 1, resolve_local_batch_size(training, 1)))
+    batches = Batches(training.seq_len, training.global_batch_size, training.seed, Share(0, 1, resolve_local_batch_size(training, Parallelism(), 1)))
     data = build_train_data(words, section, documents.train, vocab_size, batches, ALONE)
     assert isinstance(data, TrainData)
     marks = COLOURED if sys.stdout.isatty() else PLAIN

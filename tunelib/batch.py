@@ -11,6 +11,7 @@ B rows of S tokens. A row of three documents and padding, with S = 8:
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
@@ -29,3 +30,23 @@ class Batch:
         """The same batch on another device."""
         move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "labels", "positions")}
         return Batch(**move, document_lengths=self.document_lengths)
+
+    def widened(self, width: int) -> "Batch":
+        """The same rows, ``width`` long; what is added to each is a document of its own."""
+        padding = width - self.tokens.shape[1]
+        positions = torch.cat((self.positions, torch.arange(padding, device=self.positions.device).expand(len(self.positions), -1)), dim=1)
+        tokens, labels = F.pad(self.tokens, (0, padding)), F.pad(self.labels, (0, padding), value=IGNORED)
+        return Batch(tokens, labels, positions, pad_documents(self.document_lengths, self.tokens.shape[1], padding))
+
+
+def pad_documents(lengths: tuple[int, ...], width: int, padding: int) -> tuple[int, ...]:
+    """The lengths of documents, row after row, where each row of ``width`` gets ``padding`` more, as a document of its own."""
+    if not padding:
+        return lengths
+    padded, place = [], 0
+    for length in lengths:
+        padded.append(length)
+        place += length
+        if place % width == 0:
+            padded.append(padding)
+    return tuple(padded)

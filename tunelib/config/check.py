@@ -3,17 +3,25 @@
 A relation is asked only where every key it reads is known: a mistyped value is named once, not once more for what follows from it.
 """
 
+import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunelib.config.effect import has_no_config
 from tunelib.config.fields import FIELDS, find_nearest, show_value
-from tunelib.config.renamed import UNBUILT_DEGREES
-from tunelib.config.resolve import resolve_data_ranks, resolve_dump_folder, resolve_shard_degree
+from tunelib.config.resolve import (
+    BOTH_ENDS,
+    ONE_STAGE_EACH,
+    resolve_data_ranks,
+    resolve_dump_folder,
+    resolve_local_batch_size,
+    resolve_shard_degree,
+)
 from tunelib.config.schema import Config, Parallelism
 from tunelib.config.settings import Setting
 from tunelib.config.sizes import ARCHITECTURES, SIZES
@@ -132,13 +140,8 @@ def find_folder_fault(checked: Checked) -> Iterator[str]:
 
 
 def find_degree_fault(checked: Checked) -> Iterator[str]:
-    """Degrees that are not built, or that do not multiply to the world size."""
+    """Degrees that do not multiply to the world size."""
     parallelism, world_size = checked.config.parallelism, checked.world_size
-    unbuilt = [key for key in UNBUILT_DEGREES if checked.value(key) != 1]
-    for key in unbuilt:
-        yield f"{checked.at(key)}: {UNBUILT_DEGREES[key]} is not built yet; set it to 1 or remove it"
-    if unbuilt:
-        return
     product, degrees = multiply_degrees(parallelism, world_size)
     if product != world_size:
         processes = "1 process" if world_size == 1 else f"{world_size} processes"
@@ -156,6 +159,55 @@ def multiply_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, di
     degrees = {key: getattr(parallelism, key.removeprefix("parallelism.")) for key in DEGREES}
     degrees["parallelism.data_parallel_shard_degree"] = resolve_shard_degree(parallelism, world_size)
     return math.prod(degrees.values()), degrees
+
+
+def find_stages_fault(checked: Checked) -> Iterator[str]:
+    """Split points that are none, or as many stages as the schedule cannot deal out over the processes."""
+    section = checked.config.parallelism
+    degree, schedule, points = section.pipeline_parallel_degree, section.pipeline_parallel_schedule, section.pipeline_parallel_split_points
+    if degree == 1 or not points:
+        return
+    place = checked.at("parallelism.pipeline_parallel_split_points")
+    numbers = [int(found[1]) if (found := re.fullmatch(r"(?:model\.)?layers\.([1-9][0-9]*)", point)) else -1 for point in points]
+    if -1 in numbers:
+        yield f'{place}: {show_value(points[numbers.index(-1)])} is no layer that a stage can begin with; give names such as "layers.8"'
+    elif any(later <= number for number, later in itertools.pairwise(numbers)):
+        yield f"{place}: each stage begins after the one before; give the layers in their order, each once"
+    elif (schedule in ONE_STAGE_EACH and len(points) + 1 != degree) or (schedule in BOTH_ENDS and len(points) + 1 != 2 * degree):
+        each = 1 if schedule in ONE_STAGE_EACH else 2
+        yield f"{place}: makes {len(points) + 1} stages, but {schedule} over {degree} processes has {each * degree}; give {each * degree - 1} layers"
+    elif (len(points) + 1) % degree or (len(points) + 1 < 2 * degree and schedule not in ONE_STAGE_EACH):
+        yield f"{place}: makes {len(points) + 1} stages, which {degree} processes cannot have two or more each of; give {2 * degree - 1} layers"
+
+
+def find_schedule_fault(checked: Checked) -> Iterator[str]:
+    """A schedule with too few micro-batches, or a number of them that it cannot order."""
+    config, parallelism = checked.config, checked.config.parallelism
+    degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
+    ranks = resolve_data_ranks(parallelism, checked.world_size)
+    local = resolve_local_batch_size(config.training, parallelism, checked.world_size)
+    if degree == 1 or config.training.global_batch_size % (ranks * local):
+        return
+    share = config.training.global_batch_size // ranks
+    if has_order(schedule, degree, share // local):
+        return
+    fitting = [size for size in range(min(share, 4096), 0, -1) if not share % size and has_order(schedule, degree, share // size)]
+    ways = [f"training.local_batch_size = {size}" for size in fitting[:1]]
+    more = next(count for count in itertools.count(share // local) if has_order(schedule, degree, count))
+    ways.append(f"training.global_batch_size = {more * local * ranks}")
+    ways.append('parallelism.pipeline_parallel_schedule = "GPipe"')
+    place = checked.first_at("parallelism.pipeline_parallel_schedule", "parallelism.pipeline_parallel_degree")
+    made = (
+        f"{share // local} micro-batch{'es' if share // local > 1 else ''} (global_batch_size {config.training.global_batch_size} / {ranks * local})"
+    )
+    yield f"{place}: {schedule} over {degree} processes cannot order {made}; set {', '.join(ways[:-1])} or {ways[-1]}"
+
+
+def has_order(schedule: str, degree: int, count: int) -> bool:
+    """Whether a schedule over so many processes can order so many micro-batches; as torch says when it is made."""
+    if schedule.startswith("Interleaved"):
+        return count >= degree and count % (count // degree) == 0
+    return count >= {"1F1B": degree, "DualPipeV": 2 * degree}.get(schedule, 1)
 
 
 def find_batch_fault(checked: Checked) -> Iterator[str]:
@@ -304,7 +356,9 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("lora.", "checkpoint.initial_load_path"), find_adapter_fault),
     (("activation_checkpoint.",), find_recompute_fault),
     (("parallelism.", "dataset.streaming"), find_degree_fault),
+    (("parallelism.",), find_stages_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),
+    (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_schedule_fault),
     (("model.", "checkpoint.initial_load_path"), find_model_fault),
     (("model.",), find_shape_fault),
     (("model.", "checkpoint.initial_load_path", "checkpoint.create_seed_checkpoint"), find_tokenizer_fault),

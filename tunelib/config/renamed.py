@@ -13,6 +13,8 @@ RENAMED = {
     "training.context_parallel_degree": "parallelism.context_parallel_degree",
     "training.fsdp_reshard_after_forward": "parallelism.fsdp_reshard_after_forward",
     "experimental.pipeline_parallel_degree": "parallelism.pipeline_parallel_degree",
+    "experimental.pipeline_parallel_schedule": "parallelism.pipeline_parallel_schedule",
+    "experimental.pipeline_parallel_split_points": "parallelism.pipeline_parallel_split_points",
     "experimental.context_parallel_degree": "parallelism.context_parallel_degree",
     # torchtitan: batch, schedule, data
     "training.batch_size": "training.local_batch_size",
@@ -53,6 +55,8 @@ REPLACED = {
     "optimizer.implementation": "AdamW is always torch's fused one",
     "training.gradient_accumulation_steps": "it follows from training.global_batch_size and training.local_batch_size",
     "experimental.gradient_accumulation_steps": "it follows from training.global_batch_size and training.local_batch_size",
+    "parallelism.pipeline_parallel_microbatch_size": "the micro-batch is training.local_batch_size, in a pipeline too",
+    "experimental.pipeline_parallel_microbatches": "their number follows from training.global_batch_size and training.local_batch_size",
     "checkpoint.initial_load_model_only": "checkpoint.initial_load_path loads the weights alone",
     "checkpoint.initial_load_model_weights_only": "checkpoint.initial_load_path loads the weights alone",
     "checkpoint.initial_load_in_hf": "the form of checkpoint.initial_load_path is seen from its files",
@@ -77,20 +81,11 @@ UNBUILT = {
     "training.on_nonfinite": "a choice about losses that are not finite",
     "parallelism.disable_loss_parallel": "gathering the logits of a split vocabulary",
     "parallelism.enable_async_tensor_parallel": "overlapping the communication of split products",
-    "parallelism.pipeline_parallel_schedule": "pipeline parallelism",
-    "parallelism.pipeline_parallel_microbatch_size": "pipeline parallelism",
     "parallelism.context_parallel_rotate_method": "context parallelism",
     "parallelism.expert_parallel_degree": "expert parallelism",
-    "experimental.pipeline_parallel_schedule": "pipeline parallelism",
-    "experimental.pipeline_parallel_microbatches": "pipeline parallelism",
     "metrics.enable_tensorboard": "writing to TensorBoard",
     "metrics.save_tb_folder": "writing to TensorBoard",
     "metrics.enable_wandb": "writing to Weights & Biases",
     "comm.trace_buf_size": "the flight recorder",
 }
 """Sections and keys that will come, and the capability they belong to: an error everywhere."""
-
-UNBUILT_DEGREES = {
-    "parallelism.pipeline_parallel_degree": "pipeline parallelism",
-}
-"""Keys of the schema that may only be 1 until the capability is built."""

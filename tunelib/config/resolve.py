@@ -6,6 +6,10 @@ from pathlib import Path
 from tunelib.config.schema import Config, Parallelism, Training
 
 LARGEST_AUTOMATIC_BATCH = 8
+ONE_STAGE_EACH = ("1F1B", "GPipe")
+"""Schedules with which a process has one stage."""
+BOTH_ENDS = ("ZBVZeroBubble", "DualPipeV")
+"""Schedules with which the first process has the first and the last stage, the second those next to them, and so on."""
 
 
 def resolve_dump_folder(config: Config) -> Path:
@@ -32,9 +36,18 @@ def resolve_data_ranks(parallelism: Parallelism, world_size: int) -> int:
     return parallelism.data_parallel_replicate_degree * resolve_shard_degree(parallelism, world_size)
 
 
-def resolve_local_batch_size(training: Training, data_ranks: int) -> int:
-    """Rows of a micro-batch; -1 becomes the largest divisor of a process's share that is at most 8."""
+def resolve_local_batch_size(training: Training, parallelism: Parallelism, world_size: int) -> int:
+    """Rows of a micro-batch; -1 becomes the largest divisor of a process's share that is at most 8, or 1 in a pipeline."""
     if training.local_batch_size != -1:
         return training.local_batch_size
-    share = training.global_batch_size // data_ranks
+    if parallelism.pipeline_parallel_degree > 1:
+        return 1
+    share = training.global_batch_size // resolve_data_ranks(parallelism, world_size)
     return next(size for size in range(min(share, LARGEST_AUTOMATIC_BATCH), 0, -1) if share % size == 0)
+
+
+def resolve_num_stages(parallelism: Parallelism) -> int:
+    """Stages of the pipeline, over all its processes."""
+    if parallelism.pipeline_parallel_split_points:
+        return len(parallelism.pipeline_parallel_split_points) + 1
+    return parallelism.pipeline_parallel_degree * (1 if parallelism.pipeline_parallel_schedule in ONE_STAGE_EACH else 2)

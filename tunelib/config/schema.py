@@ -220,7 +220,7 @@ class Training:
     """Rows per optimizer step, over all processes and micro-batches."""
     local_batch_size: CountOrAuto = -1
     """Rows of one micro-batch on one process; gradients accumulate up to global_batch_size. -1: the largest divisor of a
-    process's share that is at most 8."""
+    process's share that is at most 8, or 1 in a pipeline."""
     seq_len: Count = 2048
     """Tokens per row."""
     max_norm: Positive = 1.0
@@ -313,6 +313,12 @@ class Parallelism:
     """Processes over which each matrix product is split."""
     pipeline_parallel_degree: Count = 1
     """Groups of layers that work on different micro-batches at once."""
+    pipeline_parallel_schedule: Literal["1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"] = (
+        "1F1B"
+    )
+    """Order in which micro-batches pass through the stages, by torch's name. With "1F1B" and "GPipe" a process has one stage, else two."""
+    pipeline_parallel_split_points: tuple[str, ...] = ()
+    """First layer of each stage but the first, such as "layers.8". Empty: balanced by the work of each layer and of the head."""
     context_parallel_degree: Count = 1
     """Processes over which each row's tokens are split."""
     fsdp_reshard_after_forward: Literal["always", "never"] = "always"

@@ -9,6 +9,7 @@ from tunelib.formats.source import expected_shapes
 from tunelib.formats.tensors import Where
 from tunelib.model.decoder import Decoder
 from tunelib.model.families import family_of
+from tunelib.parallel.pipeline import whole_of
 from tunelib.parallel.reduce import local
 from tunelib.quantize import dequantize
 
@@ -18,17 +19,20 @@ class LiveWeights:
 
     Attributes:
         names: of all weights, without a tied head.
+        own: those of them that are on this process, sharded or not.
     """
 
     def __init__(self, model: Decoder):
+        self._model = model
         self.names = list(expected_shapes(model.config))
         self._tied_to = family_of(model.config).EMBEDDING
         self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self.own = [name for name in self.names if name in self._parameters or model.config.tie_word_embeddings]
         self._merged: tuple[str, Tensor] = ("", torch.empty(0))
         self._adapted = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
     def get(self, name: str) -> Tensor:
-        """A weight, sharded as its parameter is; a tied head is the embedding."""
+        """One of ``own``, sharded as its parameter is; a tied head is the embedding."""
         if self._merged[0] != name:  # where files hold parts of a tensor, it is asked for again and again
             self._merged = (name, self._make(name))
         return self._merged[1]
@@ -49,7 +53,7 @@ class LiveWeights:
 
     def read(self, name: str, where: Where = ()) -> Tensor:
         """A weight, or its part, gathered on every rank."""
-        return gather(self.get(name))[where]
+        return whole_of(self._model, name, gather(self.get(name)) if name in self.own else None)[where]
 
 
 def is_cut_by_columns(tensor: Tensor) -> bool:

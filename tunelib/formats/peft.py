@@ -7,28 +7,29 @@ embedding and head are one weight, it lies there under both names, with ``ensure
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunelib import files
-from tunelib.adapters import LORA_A, LORA_B, MAGNITUDE, MARKS, AdaptedLinear, scaling_of
+from tunelib.adapters import LORA_A, LORA_B, MAGNITUDE, MARKS, scaling_of
 from tunelib.config.schema import Lora
 from tunelib.errors import FormatError
 from tunelib.formats.form import Entry, Form
 from tunelib.formats.live import gather
 from tunelib.formats.plan import Plan
 from tunelib.formats.safetensors_file import read_safetensors
-from tunelib.formats.tensors import Region, TensorInfo, blocks_of, same_bits
+from tunelib.formats.tensors import Region, TensorInfo, Where, blocks_of, same_bits
 from tunelib.formats.torch_file import read_torch_file
 from tunelib.formats.write import to_json, write_checkpoint
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder
 from tunelib.model.families import family_of
+from tunelib.parallel.pipeline import over_stages, whole_of
 
 CONFIG_FILE, WEIGHTS_FILE, OLD_WEIGHTS_FILE, PREFIX = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "base_model.model."
 BASE_FILE, TEMPLATE_FILE = "base_fingerprint.json", "chat_template.jinja"
@@ -82,7 +83,7 @@ class StoredAdapter:
 
 
 def plan_adapter(model: Decoder, section: Lora, base: str, fingerprint: str, chat_template: str | None) -> Plan:
-    """How the trained parameters of a model with adapters leave.
+    """How the trained parameters of a model with adapters leave. Collective in a pipeline.
 
     Args:
         base: where the frozen weights came from.
@@ -90,13 +91,14 @@ def plan_adapter(model: Decoder, section: Lora, base: str, fingerprint: str, cha
         chat_template: what was trained with, where it is not the tokenizer's own.
     """
     family = family_of(model.config)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = {name: TensorInfo(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = over_stages(model, own)
     stored = {name: name for name in trained}
     is_tied = model.config.tie_word_embeddings and family.EMBEDDING in trained
     if is_tied:
         stored[family.HEAD] = family.EMBEDDING
-    entries = [Entry(TensorInfo(PREFIX + name, trained[of].dtype, tuple(trained[of].shape)), of) for name, of in stored.items()]
-    targets = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, AdaptedLinear)})
+    entries = [Entry(replace(trained[of], name=PREFIX + name), of) for name, of in stored.items()]
+    targets = sorted({name.removesuffix(LORA_A).rpartition(".")[2] for name in trained if name.endswith(LORA_A)})
     whole = [name.removesuffix(".weight").rpartition(".")[2] for name in trained if not name.endswith(MARKS)]
     config = {
         "peft_type": "LORA",
@@ -126,7 +128,11 @@ def export_adapter(model: Decoder, section: Lora, base: str, fingerprint: str, c
     """Write the trained parameters as a PEFT folder; what it is, in words. Collective; raises SaveError on every rank."""
     plan = plan_adapter(model, section, os.path.abspath(base) if base else "", fingerprint, chat_template)
     parameters = dict(model.named_parameters())
-    write_checkpoint(plan, lambda name, where: gather(parameters[name].detach())[where], target, is_main)
+
+    def read(name: str, where: Where) -> Tensor:
+        return whole_of(model, name, gather(parameters[name].detach()) if name in parameters else None)[where]
+
+    write_checkpoint(plan, read, target, is_main)
     return "the adapter, as PEFT has it"
 
 

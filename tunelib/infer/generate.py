@@ -3,16 +3,16 @@
 from collections.abc import Collection
 
 import torch
-from torch import nn
 
 from tunelib.data.chat import ChatTemplate
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError
+from tunelib.model.decoder import Decoder
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.reduce import from_main
 
 
-def generate_greedy(model: nn.Module, prompt: list[int], max_new_tokens: int, stop_ids: Collection[int], device: torch.device) -> list[int]:
+def generate_greedy(model: Decoder, prompt: list[int], max_new_tokens: int, stop_ids: Collection[int], device: torch.device) -> list[int]:
     """The most probable continuation, token by token, without a cache. Collective: every rank follows rank 0's choice.
 
     Args:
@@ -51,7 +51,7 @@ def encode_prompts(prompts: Collection[str], tokenizer: Tokenizer, template: Cha
 
 
 def answer_prompts(
-    model: nn.Module, prompts: list[list[int]], tokenizer: Tokenizer, stop_ids: Collection[int], max_new_tokens: int, device: torch.device
+    model: Decoder, prompts: list[list[int]], tokenizer: Tokenizer, stop_ids: Collection[int], max_new_tokens: int, device: torch.device
 ) -> list[str]:
     """Greedy answers, as text, to what `encode_prompts` made. Collective."""
     return [tokenizer.decode(generate_greedy(model, prompt, max_new_tokens, stop_ids, device)) for prompt in prompts]

@@ -3,8 +3,9 @@
 B batch, S sequence, V vocabulary.
 """
 
+import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import torch
@@ -65,14 +66,14 @@ class DecoderBody(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleDict({str(number): DecoderLayer(config) for number in range(config.num_hidden_layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor, document_lengths: tuple[int, ...] | Segments) -> Tensor:
-        x = self.embed_tokens(tokens)
+    def forward(self, inputs: Tensor, positions: Tensor, document_lengths: tuple[int, ...] | Segments) -> Tensor:
+        x = self.embed_tokens(inputs)
         rope = rope_tables(self.config, positions, x.dtype)
         documents = plan_documents(document_lengths, x, self.config.head_dim)
-        for layer in self.layers:
+        for layer in self.layers.values():
             x = layer(x, rope, documents)
         return self.norm(x)
 
@@ -90,15 +91,18 @@ class HeadShare(Protocol):
 class Decoder(nn.Module):
     """A causal language model.
 
-    Called with labels it returns the summed loss of the micro-batch (`summed_loss`); without, the logits (B, S, V).
+    Called with labels it returns the summed loss of the micro-batch (`summed_loss`); without, the logits (B, S, V). One that has lost its last
+    layers (`keep`) returns hidden states (B, S, hidden), and one without the first takes them in place of tokens.
 
     Attributes:
         share: where rows are cut over processes, gives this one's part of tokens, positions and labels, and its segments; set from outside.
         head_share: where the vocabulary is split over processes, computes loss and logits; set from outside.
+        pipeline: where layers lie on several processes, takes a micro-batch through all of them; set from outside.
     """
 
     share: Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], tuple[Tensor, Tensor, Tensor, Segments]] | None = None
     head_share: HeadShare | None = None
+    pipeline: Callable[[Tensor, Tensor, tuple[int, ...], Tensor | None], Tensor] | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -112,14 +116,47 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor, document_lengths: tuple[int, ...], labels: Tensor | None = None) -> Tensor:
+    @property
+    def is_first(self) -> bool:
+        """Whether the embedding is here."""
+        return isinstance(self.model.embed_tokens, nn.Embedding)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the head is here."""
+        return isinstance(self.lm_head, nn.Linear)
+
+    def keep(self, layers: Collection[int]) -> None:
+        """Leave out all layers but these, the embedding without the first layer, and norm and head without the last. Names stay as they are."""
+        last = self.config.num_hidden_layers - 1
+        for number in set(range(last + 1)) - set(layers):
+            del self.model.layers[str(number)]
+        if 0 not in layers:
+            self.model.add_module("embed_tokens", nn.Identity())
+        if last not in layers:
+            self.model.add_module("norm", nn.Identity())
+            self.add_module("lm_head", nn.Identity())
+
+    def part(self, layers: Collection[int]) -> "Decoder":
+        """Some of the layers as a model of its own, whose modules are this model's."""
+        shared = (self.model.embed_tokens, *self.model.layers.values(), self.model.norm, self.lm_head)
+        part = copy.deepcopy(self, {id(module): module for module in shared})
+        part.keep(layers)
+        return part
+
+    def forward(self, inputs: Tensor, positions: Tensor, document_lengths: tuple[int, ...], labels: Tensor | None = None) -> Tensor:
+        if self.pipeline is not None:
+            return self.pipeline(inputs, positions, document_lengths, labels)
+        tokens = inputs if self.is_first else positions  # in whose place a later part has hidden states, cut and padded already
         documents: tuple[int, ...] | Segments = document_lengths
-        width = tokens.shape[1]
+        width = positions.shape[1]
         if self.head_share is not None and (self.share is None or labels is None):
             tokens, positions, labels, documents = self.head_share.pad(tokens, positions, labels, document_lengths)
         if self.share is not None and labels is not None:
             tokens, positions, labels, documents = self.share(tokens, positions, labels, document_lengths)
-        hidden = self.model(tokens, positions, documents)
+        hidden = self.model(tokens if self.is_first else inputs, positions, documents)
+        if not self.is_last:
+            return hidden
         if labels is not None:
             return (self.head_share.loss if self.head_share is not None else summed_loss)(hidden, labels, self.lm_head)
         return self.lm_head(hidden) if self.head_share is None else self.head_share.logits(hidden, self.lm_head)[:, :width]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+import torch
 
 from tunelib.config.schema import Config
 from tunelib.data.index import Index
@@ -43,7 +43,7 @@ def opening_lines(
     config: Config,
     runtime: Runtime,
     layout: Layout,
-    model: nn.Module,
+    trained: dict[str, torch.Size],
     num_parameters: int,
     data_lines: list[str],
     num_steps: int,
@@ -53,11 +53,12 @@ def opening_lines(
     """What is about to happen, in a few lines.
 
     Args:
+        trained: the shapes of the parameters that are trained.
         num_parameters: of the model, without adapters.
         notes: what the form of the export cannot hold.
     """
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    adapters = [f"adapters   {line}" for line in describe_adapter(config, trained, num_parameters)] if config.lora.enable else []
+    num_trained = sum(shape.numel() for shape in trained.values())
+    adapters = [f"adapters   {line}" for line in describe_adapter(config, num_trained, num_parameters)] if config.lora.enable else []
     training = config.training
     processes = f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''} on {runtime.device.type}"
     dtypes = f"{runtime.param_dtype} parameters" + (f", {runtime.compute_dtype} compute" if runtime.compute_dtype != runtime.param_dtype else "")

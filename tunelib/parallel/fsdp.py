@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from tunelib.model.decoder import Decoder
+from tunelib.parallel.pipeline import parts_of
 
 
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, compute_dtype: torch.dtype, reduce_dtype: torch.dtype, reshard_after_forward: bool) -> None:
@@ -16,7 +17,7 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, compute_dtype: torch.dtype, red
     Every micro-batch's gradients are reduced at once: to keep them until the last would hold the whole model's on each rank.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
-    for layer in model.model.layers:
+    for layer in model.model.layers.values():
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # The root's parameters are needed again at once in the backward pass.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -27,7 +28,7 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, compute_dtype: torch.dtype, red
 
 
 @contextlib.contextmanager
-def forward_only(model: torch.nn.Module) -> Iterator[None]:
+def forward_only(model: Decoder) -> Iterator[None]:
     """A block of forward passes without gradients. After it the parameters are shards again: FSDP2 leaves some gathered for a
     backward pass that does not come."""
     was_training = model.training
@@ -37,6 +38,6 @@ def forward_only(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-    for module in model.modules():
+    for module in (module for part in parts_of(model) for module in part.modules()):
         if isinstance(module, FSDPModule):
             module.reshard()

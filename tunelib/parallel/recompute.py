@@ -35,8 +35,8 @@ def apply_recompute(model: Decoder, section: ActivationCheckpoint) -> None:
         contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_products)}
     elif section.mode == "selective":
         every = int(section.selective_ac_option)
-    for number, layer in enumerate(model.model.layers):
-        if number % every == 0:
+    for number, layer in model.model.layers.items():
+        if int(number) % every == 0:
             # In place of the module's own forward, so that parameters keep their names and FSDP's hooks stay outside.
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **contexts)
 

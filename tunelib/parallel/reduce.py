@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
@@ -103,14 +104,19 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, pipeline: DeviceMesh | None = None) -> Tensor:
     """Scale all gradients down to an L2 norm of ``max_norm``; returns the norm before, a scalar.
 
     Parameters without a gradient are left out; the norm is over the whole parameters, wherever their shards are.
+
+    Args:
+        pipeline: the processes that have the model's other parameters.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = get_total_norm(gradients)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if pipeline is not None:
+        norm = sum_over_ranks(norm.square(), pipeline.get_group()).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm

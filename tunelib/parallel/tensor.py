@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tunelib.adapters import AdaptedLinear
-from tunelib.batch import IGNORED
+from tunelib.batch import IGNORED, pad_documents
 from tunelib.config.schema import Lora
 from tunelib.errors import ConfigError
 from tunelib.model.config import ModelConfig
@@ -53,7 +53,7 @@ def check_split(config: ModelConfig, lora: Lora, degree: int) -> None:
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Split a model on the meta device in place; its parameters become parts on ``mesh``, with one axis."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for layer in model.model.layers:
+    for layer in model.model.layers.values():
         plan: dict[str, ParallelStyle] = {
             "input_layernorm": SequenceParallel(),
             "self_attn": PrepareModuleInput(input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)),
@@ -66,11 +66,12 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
             is_adapted = isinstance(layer.get_submodule(name), AdaptedLinear)
             plan[name] = _AdaptedByColumns(output_layouts=Shard(1)) if is_adapted else RowwiseParallel(output_layouts=Shard(1))
         parallelize_module(layer, mesh, plan)
-    outer: dict[str, ParallelStyle] = {
-        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "model.norm": SequenceParallel(),
-        "lm_head": ColwiseParallel(input_layouts=Replicate(), output_layouts=Shard(-1), use_local_output=False),
-    }
+    outer: dict[str, ParallelStyle] = {}
+    if model.is_first:
+        outer["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+    if model.is_last:
+        outer["model.norm"] = SequenceParallel()
+        outer["lm_head"] = ColwiseParallel(input_layouts=Replicate(), output_layouts=Shard(-1), use_local_output=False)
     parallelize_module(model, mesh, outer)
     model.tie_weights()  # which the split has undone, as it has what is frozen
     for name, parameter in model.named_parameters():
@@ -115,14 +116,8 @@ class HeadShare:
         padding = -width % self.mesh.size()
         if not padding:
             return tokens, positions, labels, lengths
-        padded, place = [], 0
-        for length in lengths:
-            padded.append(length)
-            place += length
-            if place % width == 0:
-                padded.append(padding)
         tokens, positions = F.pad(tokens, (0, padding)), F.pad(positions, (0, padding))
-        return tokens, positions, None if labels is None else F.pad(labels, (0, padding), value=IGNORED), tuple(padded)
+        return tokens, positions, None if labels is None else F.pad(labels, (0, padding), value=IGNORED), pad_documents(lengths, width, padding)
 
     def loss(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
         """What `tunelib.model.loss.summed_loss` gives, without logits of the whole vocabulary anywhere."""

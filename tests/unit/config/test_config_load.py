@@ -172,7 +172,7 @@ def test_derived_values() -> None:
     assert resolve_shard_degree(Parallelism(), 6) == 6
     assert resolve_shard_degree(Parallelism(tensor_parallel_degree=2), 6) == 3
     assert resolve_shard_degree(Parallelism(data_parallel_shard_degree=2), 6) == 2
-    batches = [resolve_local_batch_size(Training(global_batch_size=size), 2) for size in (2, 8, 24, 14, 22)]
+    batches = [resolve_local_batch_size(Training(global_batch_size=size), Parallelism(), 2) for size in (2, 8, 24, 14, 22)]
     assert batches == [1, 4, 6, 7, 1]
 
 
