@@ -28,10 +28,12 @@ LORA = [*FULL, "--lora.enable", "--lora.rank", "4", "--lora.use_dora"]
 NF4 = [*FULL, "--lora.enable", "--lora.rank", "4", "--lora.quantize_base", "nf4"]
 REPLICATE, CONTEXT = (["--parallelism.data_parallel_replicate_degree", "2"], ["--parallelism.context_parallel_degree", "2"])
 TENSOR = ["--parallelism.tensor_parallel_degree", "2"]
+PIPELINE = ["--parallelism.pipeline_parallel_degree", "2"]
 LAYOUTS = {
     (2, "replicate"): REPLICATE,
     (2, "context"): CONTEXT,
     (2, "tensor"): TENSOR,
+    (2, "pipeline"): PIPELINE,
     (4, "shard"): [],
     (4, "replicate, shard"): REPLICATE,
     (4, "context, shard"): CONTEXT,
@@ -39,6 +41,11 @@ LAYOUTS = {
     (4, "tensor, shard"): TENSOR,
     (4, "replicate, tensor"): [*REPLICATE, *TENSOR],
     (4, "context, tensor"): [*CONTEXT, *TENSOR],
+    (4, "pipeline, shard"): PIPELINE,
+    (4, "pipeline, replicate"): [*PIPELINE, *REPLICATE],
+    (4, "pipeline, context"): [*PIPELINE, *CONTEXT],
+    (4, "pipeline, tensor"): [*PIPELINE, *TENSOR],
+    (8, "pipeline, shard, tensor"): [*PIPELINE, *TENSOR],
 }
 KINDS = {
     "full": FULL,
@@ -55,8 +62,9 @@ EVERYWHERE = ("full", "LoRA")
 
 
 def list_kinds(layout: str) -> list[str]:
-    has_all = layout in ("one", "2 replicate", "2 context", "2 tensor", "4 context, tensor")
-    return [kind for kind in KINDS if (has_all or kind in EVERYWHERE) and not (kind == "QLoRA" and "tensor" in layout)]  # which is refused by name
+    has_all = layout in ("one", "2 replicate", "2 context", "2 tensor", "2 pipeline", "4 context, tensor")
+    refused = [kind for kind, degree in (("QLoRA", "tensor"), ("tied", "pipeline")) if degree in layout]  # by name
+    return [kind for kind in KINDS if (has_all or kind in EVERYWHERE) and kind not in refused]
 
 
 COMMON = ["--training.steps", "10", "--lr_scheduler.warmup_steps", "3", "--checkpoint.enable_checkpoint", "--checkpoint.interval", "5"]
@@ -102,15 +110,18 @@ GRID = [
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("layout", "kind"), GRID)
 def test_every_layout_trains_as_one_process(grid: Grid, layout: str, kind: str) -> None:
-    one, spread = grid.run("one", kind), grid.run(layout, kind)
-    tolerance = FP32_RELATIVE if kind == "fp32" else FLOAT64_RELATIVE
+    compare(grid.run("one", kind), grid.run(layout, kind), FP32_RELATIVE if kind == "fp32" else FLOAT64_RELATIVE)
+
+
+def compare(one: Run, spread: Run, tolerance: float) -> None:
+    """The same run on other processes: losses, norms, samples and, in float64, the final weights."""
     for name in ("loss", "grad_norm", "validation_loss"):
         assert len(one.series(name)) == (2 if name == "validation_loss" else 10)
         assert spread.series(name) == pytest.approx(one.series(name), rel=tolerance), name
     assert one.series("loss")[-1] < one.series("loss")[0], "nothing was learned, so nothing was compared"
     assert spread.series("tokens") == one.series("tokens")
     assert spread.samples() == one.samples()
-    if kind != "fp32":
+    if tolerance == FLOAT64_RELATIVE:
         for name, weight in one.weights().items():
             assert torch.linalg.norm(spread.weights()[name] - weight) <= FLOAT64_RELATIVE * torch.linalg.norm(weight), name
 
@@ -125,8 +136,17 @@ MOVES = {
         ("4 replicate, shard", CONTEXT),
         ("4 shard", REPLICATE),
         ("4 replicate, context", []),
+        ("2 tensor", PIPELINE),
+        ("2 pipeline", CONTEXT),
     ],
-    4: [("2 tensor", TENSOR), ("2 replicate", CONTEXT), ("2 context", [*REPLICATE, *CONTEXT]), ("one", REPLICATE)],
+    4: [
+        ("one", [*PIPELINE, *TENSOR]),
+        ("4 pipeline, shard", [*CONTEXT, *TENSOR]),
+        ("2 tensor", TENSOR),
+        ("2 replicate", CONTEXT),
+        ("2 context", [*REPLICATE, *CONTEXT]),
+        ("one", REPLICATE),
+    ],
 }
 
 
@@ -143,6 +163,38 @@ def test_run_saved_on_one_layout_goes_on_on_another(grid: Grid, tmp_path: Path, 
     run_processes(cases, world_size, timeout=300)
     for number, (saved, _) in enumerate(MOVES[world_size]):
         assert Run(tmp_path / str(number)).series("loss") == pytest.approx(grid.run("one", kind).series("loss")[5:], rel=FLOAT64_RELATIVE), saved
+
+
+SCHEDULES = ("GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+FOUR_LAYERS = ["--model.num_hidden_layers", "4"]
+UNEVEN = ["--parallelism.pipeline_parallel_split_points", "layers.3"]
+PIPELINES = {
+    **{f"{schedule}, {kind}": (schedule, kind, []) for schedule in SCHEDULES for kind in ("full", "LoRA")},
+    **{f"{schedule}, recompute": (schedule, "recompute", []) for schedule in ("ZBVZeroBubble", "Interleaved1F1B")},
+    "1F1B, three layers and one": ("1F1B", "full", UNEVEN),
+    "1F1B, each micro-batch gathers again": ("1F1B", "full", ["--parallelism.fsdp_reshard_after_forward", "always"]),
+}
+
+
+@pytest.fixture(scope="module")
+def pipelines(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four layers on one process, and on two in the order of each schedule."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    common = [str(grid.toml), *COMMON, *FOUR_LAYERS]
+    kinds = dict.fromkeys(kind for _, kind, _ in PIPELINES.values())
+    run_processes([[*common, "--job.dump_folder", str(folder / kind), *KINDS[kind]] for kind in kinds], 1)
+    cases = []
+    for name, (schedule, kind, words) in PIPELINES.items():
+        order = ["--parallelism.pipeline_parallel_schedule", schedule]
+        cases.append([*common, "--job.dump_folder", str(folder / name), *KINDS[kind], *PIPELINE, *order, *words])
+    run_processes(cases, 2, timeout=400)
+    return folder
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_schedule_trains_as_one_process(pipelines: Path, name: str) -> None:
+    compare(Run(pipelines / PIPELINES[name][1]), Run(pipelines / name), FLOAT64_RELATIVE)
 
 
 LAYERS = 2

@@ -17,6 +17,7 @@ from tunelib.config.fields import FIELDS, find_nearest, show_value
 from tunelib.config.resolve import (
     BOTH_ENDS,
     ONE_STAGE_EACH,
+    TWO_BACKWARD_PASSES,
     resolve_data_ranks,
     resolve_dump_folder,
     resolve_local_batch_size,
@@ -178,6 +179,21 @@ def find_stages_fault(checked: Checked) -> Iterator[str]:
         yield f"{place}: makes {len(points) + 1} stages, but {schedule} over {degree} processes has {each * degree}; give {each * degree - 1} layers"
     elif (len(points) + 1) % degree or (len(points) + 1 < 2 * degree and schedule not in ONE_STAGE_EACH):
         yield f"{place}: makes {len(points) + 1} stages, which {degree} processes cannot have two or more each of; give {2 * degree - 1} layers"
+
+
+def find_backward_fault(checked: Checked) -> Iterator[str]:
+    """What a schedule rules out that works out gradients of parameters after those of inputs."""
+    section, recompute = checked.config.parallelism, checked.config.activation_checkpoint
+    schedule = section.pipeline_parallel_schedule
+    if section.pipeline_parallel_degree == 1 or schedule not in TWO_BACKWARD_PASSES:
+        return
+    why = f"{schedule} works out gradients of parameters after those of inputs"
+    if section.fsdp_reshard_after_forward == "always":
+        yield f'{checked.at("parallelism.fsdp_reshard_after_forward")}: {why}, and needs the parameters until then; set it to "default" or "never"'
+    if recompute.mode == "selective" and recompute.selective_ac_option == "op":
+        key = "activation_checkpoint.selective_ac_option"
+        place = checked.first_at(key, "activation_checkpoint.mode")
+        yield f'{place}: {why}, and what was kept is used but once; set {key} = "2", or activation_checkpoint.mode = "full"'
 
 
 def find_schedule_fault(checked: Checked) -> Iterator[str]:
@@ -357,6 +373,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("activation_checkpoint.",), find_recompute_fault),
     (("parallelism.", "dataset.streaming"), find_degree_fault),
     (("parallelism.",), find_stages_fault),
+    (("parallelism.", "activation_checkpoint."), find_backward_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_schedule_fault),
     (("model.", "checkpoint.initial_load_path"), find_model_fault),

@@ -8,6 +8,8 @@ from tunelib.config.schema import Config, Parallelism, Training
 LARGEST_AUTOMATIC_BATCH = 8
 ONE_STAGE_EACH = ("1F1B", "GPipe")
 """Schedules with which a process has one stage."""
+TWO_BACKWARD_PASSES = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+"""Schedules that work out gradients of inputs first, and those of parameters later."""
 BOTH_ENDS = ("ZBVZeroBubble", "DualPipeV")
 """Schedules with which the first process has the first and the last stage, the second those next to them, and so on."""
 
@@ -44,6 +46,12 @@ def resolve_local_batch_size(training: Training, parallelism: Parallelism, world
         return 1
     share = training.global_batch_size // resolve_data_ranks(parallelism, world_size)
     return next(size for size in range(min(share, LARGEST_AUTOMATIC_BATCH), 0, -1) if share % size == 0)
+
+
+def resolve_reshard(parallelism: Parallelism) -> bool:
+    """Whether parameters that were gathered for a forward pass are freed after it."""
+    chosen = parallelism.fsdp_reshard_after_forward
+    return parallelism.pipeline_parallel_degree == 1 if chosen == "default" else chosen == "always"
 
 
 def resolve_num_stages(parallelism: Parallelism) -> int:

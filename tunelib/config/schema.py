@@ -321,8 +321,9 @@ class Parallelism:
     """First layer of each stage but the first, such as "layers.8". Empty: balanced by the work of each layer and of the head."""
     context_parallel_degree: Count = 1
     """Processes over which each row's tokens are split."""
-    fsdp_reshard_after_forward: Literal["always", "never"] = "always"
-    """"always": gathered parameters are freed after the forward pass (less memory); "never": kept for the backward pass (less communication)."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """"always": gathered parameters are freed after the forward pass (less memory); "never": kept for the backward pass (less communication).
+    "default": always, but never in a pipeline, whose micro-batches would gather them again and again."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Spread a model over the processes: the one call that training and every tool make."""
 
+from tunelib.config.resolve import resolve_reshard
 from tunelib.config.schema import ActivationCheckpoint, Parallelism
 from tunelib.model.decoder import Decoder
 from tunelib.parallel.context import ContextShare
@@ -29,7 +30,7 @@ def spread_model(
     for part in parts_of(model):
         part.share, part.head_share = model.share, model.head_share
         if layout.mesh is not None:
-            apply_fsdp(part, layout.mesh, runtime.compute_dtype, runtime.reduce_dtype, section.fsdp_reshard_after_forward == "always")
+            apply_fsdp(part, layout.mesh, runtime.compute_dtype, runtime.reduce_dtype, resolve_reshard(section))
         part.to_empty(device=runtime.device)
     if pipeline is not None:
         pipeline.listen()

@@ -4,7 +4,7 @@ import pytest
 
 from tunelib.config.effect import EXCLUSIVE, NEEDS
 from tunelib.config.fields import FIELDS, SECTIONS, TABLE_FIELDS
-from tunelib.config.renamed import RENAMED, REPLACED, UNBUILT, UNBUILT_DEGREES
+from tunelib.config.renamed import RENAMED, REPLACED, UNBUILT
 from tunelib.config.schema import Model, RopeScaling
 from tunelib.config.sizes import SIZES
 
@@ -21,7 +21,6 @@ def test_names_of_other_eras_lead_to_keys_of_today() -> None:
     tables = [*RENAMED, *REPLACED, *UNBUILT]
     assert len(set(tables)) == len(tables)
     assert [name for name in tables if name in FIELDS or name in SECTIONS] == []
-    assert UNBUILT_DEGREES.keys() <= FIELDS.keys()
 
 
 def test_effects_speak_of_keys_that_exist() -> None:
