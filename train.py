@@ -24,6 +24,7 @@ from tunelib.adapters import add_adapters
 from tunelib.checkpoint.manager import CheckpointManager, check_base, check_identity
 from tunelib.checkpoint.state import RunState, model_tensors, optimizer_tensors, restore_rng, rng_tensors, tensors_to_load
 from tunelib.config import Config, check_own_config, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
+from tunelib.config.resolve import find_what_rules_out_compile
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
 from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words
 from tunelib.data.stream import Ranks, StreamData
@@ -51,6 +52,7 @@ from tunelib.observe.metrics import METRICS_FILE, SAMPLES_FILE, RowWriter
 from tunelib.observe.report import Summary, describe_documents, opening_lines
 from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
+from tunelib.parallel.compile import choose_compile
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.mesh import Layout, build_layout
 from tunelib.parallel.pipeline import Pipeline, plan_stages
@@ -134,6 +136,9 @@ def main(argv: list[str]) -> None:
                 raise CheckpointError(
                     f"{decision.folder} holds whole weights: adapters start from it with --checkpoint.initial_load_path, in another folder"
                 )
+            compiled_before = decision.state.compiled if decision.state is not None and decision.kind == "resume" else None
+            is_ruled_out = find_what_rules_out_compile(config)[0] != ""
+            compiled = choose_compile(config.compile.enable, is_ruled_out, runtime.device, compiled_before)
             if decision.state is not None:
                 check_identity(decision.state.identity, origin if decision.kind == "seed" else identity)
             elif config.lora.adapter_path:
@@ -143,7 +148,7 @@ def main(argv: list[str]) -> None:
                 check_own_config(folder / "config.toml")
 
         # Spread the model, which has been on paper so far: split, cut, recompute, FSDP2, then empty storage where each shard belongs.
-        spread_model(model, config.parallelism, config.activation_checkpoint, layout, runtime, stages)
+        spread_model(model, config.parallelism, config.activation_checkpoint, layout, runtime, stages, compiled)
 
         # Give weights, unless a full checkpoint will: drawn, or any format straight into the shards. Frozen ones are in no checkpoint.
         base = ""
@@ -195,7 +200,7 @@ def main(argv: list[str]) -> None:
             samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
         origin_of_weights = weights.sentence if decision.kind == "fresh" or config.lora.enable else "weights from the checkpoint"
         num_parameters = sum(shape.numel() for shape in expected_shapes(model.config).values())
-        for line in opening_lines(config, runtime, layout, trained, num_parameters, data_lines, num_steps, origin_of_weights, export.notes):
+        for line in opening_lines(config, runtime, layout, compiled, trained, num_parameters, data_lines, num_steps, origin_of_weights, export.notes):
             console.say(line)
         summary = Summary()
 
@@ -215,7 +220,7 @@ def main(argv: list[str]) -> None:
         def save() -> Path | None:
             tensors = model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device)
             streams = layout.gather_shares(train_data.state()) if isinstance(train_data, StreamData) else None
-            return manager.save(tensors, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity, streams, base))
+            return manager.save(tensors, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity, streams, base, compiled))
 
         if step == 0:
             validate()

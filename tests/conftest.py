@@ -92,13 +92,16 @@ class Run:
         return [json.loads(line) for line in (self.folder / "samples.jsonl").read_text().splitlines()]
 
 
-def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240) -> None:
+def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240, warnings: str = "error") -> None:
     """Run train.py's main for each case's words, one after the other, in ``world_size`` processes started once.
 
     A process that fails or hangs fails the test: all are killed, and the first error output is shown.
+
+    Args:
+        warnings: what becomes of them; torch.compile makes some of its own.
     """
     ports = [free_port() for _ in cases]
-    run_ranks(["-W", "error", str(ROOT / "tests/integration/worker.py"), json.dumps([cases, ports])], world_size, timeout)
+    run_ranks(["-W", warnings, str(ROOT / "tests/integration/worker.py"), json.dumps([cases, ports])], world_size, timeout)
 
 
 def run_ranks(words: list[str], world_size: int, timeout: int = 120) -> list[str]:

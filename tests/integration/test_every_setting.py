@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -517,6 +518,13 @@ def _(lab: Lab) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@shows("training.enable_cpu_offload")
+def _(lab: Lab) -> None:
+    """What it does is shown in tests/unit/parallel/test_fsdp.py, as far as there is no GPU."""
+    with pytest.raises(ConfigError, match="there is no GPU here whose memory it would save"):
+        lab.run("--training.enable_cpu_offload")
+
+
 @shows("training.dtype")
 def _(lab: Lab) -> None:
     run = lab.run("--training.dtype", "float64")
@@ -593,18 +601,49 @@ def _(lab: Lab) -> None:
 # [parallelism]
 
 
-@shows("parallelism.data_parallel_replicate_degree", "parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree")
+@shows(
+    "parallelism.data_parallel_replicate_degree",
+    "parallelism.context_parallel_degree",
+    "parallelism.tensor_parallel_degree",
+    "parallelism.pipeline_parallel_degree",
+)
 def _(lab: Lab) -> None:
     """What they do is shown where there are processes: tests/integration/test_layouts.py."""
-    for name in ("data_parallel_replicate", "context_parallel", "tensor_parallel"):
+    for name in ("data_parallel_replicate", "context_parallel", "tensor_parallel", "pipeline_parallel"):
         assert f"parallelism.{name}_degree" in lab.refusal(f"--parallelism.{name}_degree", "2", world_size=3)
 
 
-@shows("parallelism.pipeline_parallel_degree")
+@shows("parallelism.pipeline_parallel_schedule", "parallelism.pipeline_parallel_split_points")
 def _(lab: Lab) -> None:
-    message = lab.refusal("--parallelism.pipeline_parallel_degree", "2", world_size=2)
-    assert "parallelism.pipeline_parallel_degree" in message
-    assert "not built yet" in message
+    from tunelib.config.schema import Parallelism
+    from tunelib.formats.load import find_weights
+    from tunelib.model.decoder import build_on_meta
+    from tunelib.parallel.pipeline import plan_stages
+
+    config = load_config([str(lab.toml), "--training.steps", "1", "--model.num_hidden_layers", "8"]).config
+    model = build_on_meta(find_weights(config.model, "", 640, 128).config, torch.float32)
+    stages = {
+        section: [len(layers) for layers in plan_stages(model, section, 128)]
+        for section in (
+            Parallelism(pipeline_parallel_degree=2),
+            Parallelism(pipeline_parallel_degree=2, pipeline_parallel_schedule="Interleaved1F1B"),
+            Parallelism(pipeline_parallel_degree=2, pipeline_parallel_split_points=("layers.1",)),
+        )
+    }
+    two, four, uneven = stages.values()
+    assert (len(two), len(four), uneven) == (2, 4, [1, 7])
+    assert sum(two) == sum(four) == 8
+
+
+@shows("parallelism.enable_async_tensor_parallel")
+def _(lab: Lab) -> None:
+    """On CUDA it is the compiler's; here it is refused once there are processes, and before that without a compiler."""
+    from tunelib.parallel.tensor import overlap_products
+
+    words = ("--parallelism.tensor_parallel_degree", "2", "--parallelism.enable_async_tensor_parallel")
+    assert "set compile.enable = true" in lab.refusal(*words, world_size=2)
+    with pytest.raises(ConfigError, match="it works between GPUs, and this run is on cpu"):
+        overlap_products(SimpleNamespace(device_type="cpu"))  # type: ignore[arg-type]
 
 
 @shows("parallelism.data_parallel_shard_degree")
@@ -631,7 +670,7 @@ def _(lab: Lab) -> None:
             give_weights(model, weights, 0)
             tokens = torch.zeros((1, 4), dtype=torch.int64)
             model(tokens, torch.arange(4)[None], (4,), labels=tokens)
-            assert isinstance(model.model.layers[0].mlp.up_proj.weight, DTensor) is not gathered
+            assert isinstance(model.model.layers["0"].mlp.up_proj.weight, DTensor) is not gathered
 
 
 # [checkpoint]
@@ -731,6 +770,29 @@ def _(lab: Lab) -> None:
             lab.run(*words)
         work.append(counter.get_total_flops())
     assert work[0] < work[2] < work[1]
+
+
+# [compile]
+
+
+@shows("compile.enable")
+def _(lab: Lab) -> None:
+    """What it computes is compared in tests/integration/test_compile.py."""
+    from tunelib.parallel.compile import choose_compile
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_compile(False, False, cuda, None) is False
+    assert choose_compile(None, False, cpu, None) is False
+    assert choose_compile(None, False, cuda, False) is False  # as the run that is resumed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tunelib.parallel.compile._find_missing", lambda device: "")
+        assert choose_compile(True, False, cpu, None) is True
+        assert (choose_compile(None, False, cuda, None), choose_compile(None, True, cuda, None)) == (True, False)
+        assert choose_compile(None, False, cpu, True) is True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+        with pytest.raises(ConfigError, match=r"compile\.enable = true: torch\.compile needs a C\+\+ compiler such as g\+\+, and finds none"):
+            choose_compile(True, False, cpu, None)
 
 
 # [lora]

@@ -28,6 +28,7 @@ class RunState:
         world_size: processes that wrote it, and on what they computed: ``device`` is "cpu" or "cuda".
         identity: what must be the same for a run to go on: name → digest or value.
         base: fingerprint of the frozen weights, which are not saved; empty where all are trained.
+        compiled: whether layers were compiled.
         streams: where each data rank's stream stands, by rank; None for data whose place follows from the step.
     """
 
@@ -38,6 +39,7 @@ class RunState:
     identity: dict[str, Any]
     streams: list[Any] | None = None
     base: str = ""
+    compiled: bool = False
 
     def to_json(self) -> str:
         """For state.json."""

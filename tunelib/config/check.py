@@ -18,6 +18,7 @@ from tunelib.config.resolve import (
     BOTH_ENDS,
     ONE_STAGE_EACH,
     TWO_BACKWARD_PASSES,
+    find_what_rules_out_compile,
     resolve_data_ranks,
     resolve_dump_folder,
     resolve_local_batch_size,
@@ -176,7 +177,8 @@ def find_stages_fault(checked: Checked) -> Iterator[str]:
         yield f"{place}: each stage begins after the one before; give the layers in their order, each once"
     elif (schedule in ONE_STAGE_EACH and len(points) + 1 != degree) or (schedule in BOTH_ENDS and len(points) + 1 != 2 * degree):
         each = 1 if schedule in ONE_STAGE_EACH else 2
-        yield f"{place}: makes {len(points) + 1} stages, but {schedule} over {degree} processes has {each * degree}; give {each * degree - 1} layers"
+        wanted = "1 layer" if each * degree == 2 else f"{each * degree - 1} layers"
+        yield f"{place}: makes {len(points) + 1} stages, but {schedule} over {degree} processes has {each * degree}; give {wanted}"
     elif (len(points) + 1) % degree or (len(points) + 1 < 2 * degree and schedule not in ONE_STAGE_EACH):
         yield f"{place}: makes {len(points) + 1} stages, which {degree} processes cannot have two or more each of; give {2 * degree - 1} layers"
 
@@ -196,13 +198,26 @@ def find_backward_fault(checked: Checked) -> Iterator[str]:
         yield f'{place}: {why}, and what was kept is used but once; set {key} = "2", or activation_checkpoint.mode = "full"'
 
 
+def find_compile_fault(checked: Checked) -> Iterator[str]:
+    """What compiled layers cannot be had with, and what cannot be had without them."""
+    config = checked.config
+    key, why = find_what_rules_out_compile(config)
+    if config.compile.enable and key:
+        yield f"{checked.at('compile.enable')}: {why} ({key} = {show_value(checked.value(key))}); change that, or set compile.enable = false"
+    if config.parallelism.enable_async_tensor_parallel and config.compile.enable is not True:
+        place = checked.at("parallelism.enable_async_tensor_parallel")
+        yield f"{place}: it is the compiler that overlaps products and communication; set compile.enable = true, or remove this"
+
+
 def find_schedule_fault(checked: Checked) -> Iterator[str]:
     """A schedule with too few micro-batches, or a number of them that it cannot order."""
     config, parallelism = checked.config, checked.config.parallelism
     degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
+    if degree == 1 or multiply_degrees(parallelism, checked.world_size)[0] != checked.world_size:
+        return
     ranks = resolve_data_ranks(parallelism, checked.world_size)
     local = resolve_local_batch_size(config.training, parallelism, checked.world_size)
-    if degree == 1 or config.training.global_batch_size % (ranks * local):
+    if config.training.global_batch_size % (ranks * local):
         return
     share = config.training.global_batch_size // ranks
     if has_order(schedule, degree, share // local):
@@ -374,6 +389,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("parallelism.", "dataset.streaming"), find_degree_fault),
     (("parallelism.",), find_stages_fault),
     (("parallelism.", "activation_checkpoint."), find_backward_fault),
+    (("parallelism.", "activation_checkpoint.", "compile."), find_compile_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_schedule_fault),
     (("model.", "checkpoint.initial_load_path"), find_model_fault),

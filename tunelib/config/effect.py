@@ -46,6 +46,7 @@ NEEDS = (
     Need(keys_of("checkpoint", *WITHOUT_CHECKPOINTS), "checkpoint.enable_checkpoint", (False,)),
     Need(keys_of("lora", "lora.enable"), "lora.enable", (False,)),
     Need(("parallelism.pipeline_parallel_schedule", "parallelism.pipeline_parallel_split_points"), "parallelism.pipeline_parallel_degree", (1,)),
+    Need(("parallelism.enable_async_tensor_parallel",), "parallelism.tensor_parallel_degree", (1,)),
     Need(("activation_checkpoint.selective_ac_option",), "activation_checkpoint.mode", ("none", "full")),
     Need(("checkpoint.model_weights_only", "checkpoint.create_seed_checkpoint"), "lora.enable", (True,)),
     Need(("checkpoint.export_format", "checkpoint.export_dtype", "checkpoint.verify_export"), "lora.save_adapter_weights_only", (True,)),

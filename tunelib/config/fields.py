@@ -18,6 +18,8 @@ from dataclasses import dataclass, fields, is_dataclass
 
 from tunelib.config.schema import Bounds, Config, IsPath, OneOrMore
 
+AUTO = "auto"
+"""What a switch may be set to whose default is to choose by itself."""
 LARGEST_INTEGER = 2**63 - 1
 HALF_PRECISION = ("float16", "fp16", "half")
 EXPECTED = {
@@ -68,6 +70,8 @@ def convert_value(field: Field, value: object) -> object:
     """A value that passed ``find_fault``, in the type that the dataclass holds: 1 → 1.0 for a float, a list → a tuple."""
     if field.kind == "float" and not is_unset(value):
         return float(typing.cast(float, value))
+    if field.kind == "bool" and value == AUTO:
+        return None
     if field.kind == "words":
         return (value,) if isinstance(value, str) else tuple(typing.cast(list, value))
     return value
@@ -86,7 +90,10 @@ def find_fault(field: Field, value: object) -> str | None:
     if field.kind == "str":
         return find_text_fault(field, value)
     if field.kind == "bool":
-        return None if isinstance(value, bool) else f"expected true or false{without_quotes(field, value)}"
+        if isinstance(value, bool) or (field.optional and value == AUTO):
+            return None
+        expected = f'true, false or "{AUTO}"' if field.optional else EXPECTED["bool"]
+        return f"expected {expected}{without_quotes(field, value)}"
     return find_number_fault(field, value)
 
 

@@ -54,6 +54,17 @@ def resolve_reshard(parallelism: Parallelism) -> bool:
     return parallelism.pipeline_parallel_degree == 1 if chosen == "default" else chosen == "always"
 
 
+def find_what_rules_out_compile(config: Config) -> tuple[str, str]:
+    """The key that compiled layers cannot be had with, and why; two empty texts for none."""
+    parallelism, recompute = config.parallelism, config.activation_checkpoint
+    if parallelism.pipeline_parallel_degree > 1 and parallelism.pipeline_parallel_schedule in TWO_BACKWARD_PASSES:
+        why = f"{parallelism.pipeline_parallel_schedule} works out gradients of inputs first, which compiled layers cannot"
+        return "parallelism.pipeline_parallel_schedule", why
+    if recompute.mode == "selective" and recompute.selective_ac_option == "op":
+        return "activation_checkpoint.selective_ac_option", "which operators of a compiled layer are kept is the compiler's choice"
+    return "", ""
+
+
 def resolve_num_stages(parallelism: Parallelism) -> int:
     """Stages of the pipeline, over all its processes."""
     if parallelism.pipeline_parallel_split_points:

@@ -229,6 +229,8 @@ class Training:
     """Order of the data and freshly drawn weights follow from it."""
     deterministic: bool = False
     """Use only deterministic kernels, and stop where there is none."""
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in the main memory, and take an optimizer step there; for models that the GPUs do not hold."""
     dtype: Dtype = "auto"
     """Type of parameters and optimizer state; auto is float32."""
     mixed_precision_param: Dtype = "auto"
@@ -321,6 +323,8 @@ class Parallelism:
     """First layer of each stage but the first, such as "layers.8". Empty: balanced by the work of each layer and of the head."""
     context_parallel_degree: Count = 1
     """Processes over which each row's tokens are split."""
+    enable_async_tensor_parallel: bool = False
+    """On CUDA, with compiled layers: overlap the communication of split products with the products."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """"always": gathered parameters are freed after the forward pass (less memory); "never": kept for the backward pass (less communication).
     "default": always, but never in a pipeline, whose micro-batches would gather them again and again."""
@@ -334,6 +338,15 @@ class ActivationCheckpoint:
     """"full": each layer keeps its input only, and runs forward twice; "selective": by activation_checkpoint.selective_ac_option."""
     selective_ac_option: str = "op"
     """"op": layers keep matrix products and attention, and work out the rest again; a number n: every n-th layer keeps its input only."""
+
+
+@dataclass(frozen=True)
+class Compile:
+    """torch.compile."""
+
+    enable: bool | None = None
+    """Compile each layer, but for attention over documents: less memory traffic, after some minutes of compiling. "auto": on CUDA, where
+    nothing rules it out; a run that is resumed stays as it was."""
 
 
 @dataclass(frozen=True)
@@ -421,6 +434,7 @@ class Config:
     lr_scheduler: LrScheduler = field(default_factory=LrScheduler)
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
     validation: Validation = field(default_factory=Validation)

@@ -43,8 +43,16 @@ class Segments:
     gather: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Documents of whole rows, by their lengths, row after row."""
+
+    lengths: tuple[int, ...]
+
+
 # What tells documents apart: their lengths (CPU), FlexAttention's block mask (CUDA), or, of rows that are cut over processes, segments.
-Documents = tuple[int, ...] | Segments | Any
+# To a compiler all of them are unknown objects, so that nothing is compiled anew where documents end elsewhere.
+Documents = Lengths | Segments | Any
 
 
 class Attention(nn.Module):
@@ -63,13 +71,13 @@ class Attention(nn.Module):
         """(B, S, hidden) → (B, S, hidden)."""
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)  # (B, S, H, D), (B, S, K, D)
-        if isinstance(documents, tuple):
-            attended = attend_per_document(q, k, v, documents)
-        elif isinstance(documents, Segments):
-            attended = attend_segments(q, k, v, documents)
-        else:
-            attended = attend_flex(q, k, v, documents)
-        return self.o_proj(attended.flatten(-2))
+        return self.o_proj(self.attend(q, k, v, documents).flatten(-2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        """q (B, S, H, D) to k, v (B, S, K, D), → (B, S, H, D)."""
+        if isinstance(documents, Lengths):
+            return attend_per_document(q, k, v, documents.lengths)
+        return attend_segments(q, k, v, documents) if isinstance(documents, Segments) else attend_flex(q, k, v, documents)
 
 
 def plan_documents(document_lengths: tuple[int, ...] | Segments, x: Tensor, head_dim: int) -> Documents:
@@ -80,7 +88,7 @@ def plan_documents(document_lengths: tuple[int, ...] | Segments, x: Tensor, head
     if isinstance(document_lengths, Segments):
         return document_lengths
     has_kernel = x.is_cuda and x.dtype != torch.float64 and head_dim >= 16
-    return build_block_mask(document_lengths, len(x), x.device) if has_kernel and len(document_lengths) > 1 else document_lengths
+    return build_block_mask(document_lengths, len(x), x.device) if has_kernel and len(document_lengths) > 1 else Lengths(document_lengths)
 
 
 def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple[int, ...]) -> Tensor:

@@ -43,6 +43,7 @@ def opening_lines(
     config: Config,
     runtime: Runtime,
     layout: Layout,
+    compiled: bool,
     trained: dict[str, torch.Size],
     num_parameters: int,
     data_lines: list[str],
@@ -53,6 +54,7 @@ def opening_lines(
     """What is about to happen, in a few lines.
 
     Args:
+        compiled: whether layers are.
         trained: the shapes of the parameters that are trained.
         num_parameters: of the model, without adapters.
         notes: what the form of the export cannot hold.
@@ -67,7 +69,7 @@ def opening_lines(
         f"model      {num_parameters / 1e6:,.1f} M parameters; {weights}",
         *adapters,
         *(f"{'data' if line is data_lines[0] else '':10} {line}" for line in data_lines),
-        f"machine    {processes}, {layout.sentence}, {dtypes.replace('torch.', '')}",
+        f"machine    {processes}, {layout.sentence}, {dtypes.replace('torch.', '')}{', compiled layers' if compiled else ''}",
         f"run        {num_steps:,} steps of {training.global_batch_size} rows of {training.seq_len} tokens",
         *(f"export     {note}" for note in notes),
     ]

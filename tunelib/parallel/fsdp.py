@@ -5,22 +5,25 @@ from collections.abc import Iterator
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from tunelib.model.decoder import Decoder
 from tunelib.parallel.pipeline import parts_of
 
 
-def apply_fsdp(model: Decoder, mesh: DeviceMesh, compute_dtype: torch.dtype, reduce_dtype: torch.dtype, reshard_after_forward: bool) -> None:
+def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtypes: MixedPrecisionPolicy, reshard_after_forward: bool, offloaded: bool) -> None:
     """Shard a model in place. Gradients are summed over ranks, never averaged (law 1).
 
     Every micro-batch's gradients are reduced at once: to keep them until the last would hold the whole model's on each rank.
+
+    Args:
+        offloaded: shards lie in the main memory, and go to the GPU to be gathered.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offloaded else OffloadPolicy()
     for layer in model.model.layers.values():
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(layer, mesh=mesh, mp_policy=dtypes, reshard_after_forward=reshard_after_forward, offload_policy=offload)
     # The root's parameters are needed again at once in the backward pass.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=dtypes, reshard_after_forward=False, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

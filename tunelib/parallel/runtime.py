@@ -34,6 +34,7 @@ class Runtime:
         param_dtype: of parameters and optimizer state.
         compute_dtype: of the forward and backward pass.
         reduce_dtype: of gradients between processes.
+        offloaded: whether shards of parameters, gradients and optimizer state lie in the main memory while a GPU computes.
         sharded: whether the model runs under FSDP2: on several processes, or where compute_dtype differs from param_dtype.
     """
 
@@ -43,10 +44,16 @@ class Runtime:
     param_dtype: torch.dtype
     compute_dtype: torch.dtype
     reduce_dtype: torch.dtype
+    offloaded: bool = False
 
     @property
     def sharded(self) -> bool:
-        return self.world_size > 1 or self.compute_dtype != self.param_dtype
+        return self.world_size > 1 or self.compute_dtype != self.param_dtype or self.offloaded
+
+    @property
+    def storage(self) -> torch.device:
+        """Where parameters lie."""
+        return torch.device("cpu") if self.offloaded else self.device
 
     @property
     def is_main(self) -> bool:
@@ -71,16 +78,18 @@ def start(training: Training, comm: Comm) -> Iterator[Runtime]:
     np.random.seed(training.seed & 0xFFFFFFFF)
     torch.manual_seed(training.seed)
     torch.use_deterministic_algorithms(training.deterministic)
-    runtime = Runtime(rank, world_size, device, *resolve_dtypes(training, device))
+    if training.enable_cpu_offload and device.type == "cpu":
+        raise ConfigError("training.enable_cpu_offload: there is no GPU here whose memory it would save; remove it")
+    runtime = Runtime(rank, world_size, device, *resolve_dtypes(training, device), training.enable_cpu_offload)
     if not runtime.sharded:
         yield runtime
         return
     timeout = datetime.timedelta(seconds=comm.init_timeout_seconds)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl" if runtime.offloaded else "nccl"
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        store = dist.HashStore()
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield runtime
     except BaseException:
@@ -175,6 +184,8 @@ def run_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
             return _leave_exit_code(_report_memory(error))
         traceback.print_exc()
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            print(f"error: layers cannot be compiled ({type(error).__name__}, above): set compile.enable = false", file=sys.stderr)
         return _leave_exit_code(1)
 
 

@@ -55,9 +55,9 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for layer in model.model.layers.values():
         plan: dict[str, ParallelStyle] = {
-            "input_layernorm": SequenceParallel(),
+            "input_layernorm": SequenceParallel(use_local_output=True),
             "self_attn": PrepareModuleInput(input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)),
-            "post_attention_layernorm": SequenceParallel(),
+            "post_attention_layernorm": SequenceParallel(use_local_output=True),
             "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
         }
         for name in BY_ROWS:
@@ -77,6 +77,21 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained[name])
     model.head_share = HeadShare(mesh)
+
+
+def overlap_products(mesh: DeviceMesh) -> None:
+    """Have compiled layers work out split products piece by piece while other pieces are on their way; on CUDA only.
+
+    Raises:
+        ConfigError: elsewhere.
+    """
+    if mesh.device_type != "cuda":
+        raise ConfigError(f"parallelism.enable_async_tensor_parallel: it works between GPUs, and this run is on {mesh.device_type}; remove it")
+    import torch._inductor.config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 class _AdaptedByRows(ColwiseParallel):

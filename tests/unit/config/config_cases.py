@@ -41,6 +41,8 @@ def say(*words: str, **others: object) -> Case:
 
 
 WEIGHTS = '[dataset]\npath = "d.jsonl"\n[training]\nsteps = 1\n[checkpoint]\ninitial_load_path = "weights"\n'
+PIPELINE = ("--parallelism.pipeline_parallel_degree", "2")
+SPLIT = ("--parallelism.pipeline_parallel_split_points",)
 MIX = '[[dataset.mix]]\npath = "a.jsonl"\n'
 TORCHTITAN_FILE = """\
 [training]
@@ -165,11 +167,41 @@ CASES: dict[str, Case] = {
     # eras and what is not built
     "older spellings in a file": Case(GOOD.partition("[training]")[0] + TORCHTITAN_FILE),
     "no counterpart on the command line": say("--model.name", "llama3", "--optimizer.implementation=fused"),
-    "not built: sections": add("[lora]\nrank = 8\n[compile]\nenable = true\n[activation_checkpoint]\nmode = 'full'\n[profiling]\nprofile_freq = 1"),
-    "not built: keys": add("on_nonfinite = 'skip'\nenable_cpu_offload = true\n[metrics]\nenable_wandb = true\nenable_tensorboard = true"),
+    "not built: sections": add("[lora]\nrank = 8\n[float8]\nenable = true\n[activation_checkpoint]\nmode = 'full'\n[profiling]\nprofile_freq = 1"),
+    "not built: keys": add("on_nonfinite = 'skip'\n[metrics]\nenable_wandb = true\nenable_tensorboard = true"),
     "not built: checkpoint keys": add("[checkpoint]\nenable_checkpoint = true\nasync_mode = 'async'\nexclude_from_loading = ['optimizer']"),
-    "not built: degrees": say("--parallelism.tensor_parallel_degree", "2", "--parallelism.pipeline_parallel_degree=2", world_size=4),
-    "not built: an older spelling of a degree": say("--experimental.pipeline_parallel_degree", "2", world_size=2),
+    "degrees of older spelling that do not fit": say("--experimental.pipeline_parallel_degree", "3", world_size=2),
+    "too few micro-batches": say(*PIPELINE, "--training.local_batch_size", "8", world_size=2),
+    "micro-batches that do not go round": say(
+        "--parallelism.pipeline_parallel_degree=4",
+        "--parallelism.pipeline_parallel_schedule",
+        "Interleaved1F1B",
+        "--training.global_batch_size",
+        "11",
+        world_size=4,
+    ),
+    "schedule without a pipeline": say("--parallelism.pipeline_parallel_schedule", "GPipe"),
+    "schedule that does not exist": say(*PIPELINE, "--parallelism.pipeline_parallel_schedule", "1F1", world_size=2),
+    "stages that begin nowhere": say(*PIPELINE, *SPLIT, "layer.4", world_size=2),
+    "stages out of order": say(*PIPELINE, *SPLIT, "layers.4", "layers.2", "layers.3", world_size=2),
+    "one stage too many": say(*PIPELINE, *SPLIT, "layers.2", "layers.4", world_size=2),
+    "stages for both ends": say(*PIPELINE, *SPLIT, "layers.4", "--parallelism.pipeline_parallel_schedule=DualPipeV", world_size=2),
+    "stages that cannot be dealt out": say(
+        *PIPELINE, *SPLIT, "layers.2", "layers.4", "--parallelism.pipeline_parallel_schedule=LoopedBFS", world_size=2
+    ),
+    "what two backward passes rule out": say(
+        *PIPELINE,
+        "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble",
+        "--parallelism.fsdp_reshard_after_forward",
+        "always",
+        "--activation_checkpoint.mode=selective",
+        "--compile.enable",
+        world_size=2,
+    ),
+    "compiled, and operators kept": add("[activation_checkpoint]\nmode = 'selective'\n[compile]\nenable = true"),
+    "compile what": add("[compile]\nenable = 'yes'"),
+    "overlap without a compiler": say("--parallelism.tensor_parallel_degree=2", "--parallelism.enable_async_tensor_parallel", world_size=2),
+    "overlap without split products": say("--parallelism.enable_async_tensor_parallel", "--compile.enable"),
     "degrees beyond the processes": say("--parallelism.data_parallel_replicate_degree=2", "--parallelism.context_parallel_degree", "2", world_size=2),
     "degrees that do not divide": say("--parallelism.data_parallel_replicate_degree=3", world_size=4),
     "degrees with a wrong rest": say(
@@ -178,7 +210,7 @@ CASES: dict[str, Case] = {
     "rows of a stream cut": Case(
         GOOD.replace('path = "data.jsonl"', 'hub = "a/b"\nstreaming = true'), ("--parallelism.context_parallel_degree", "2"), world_size=2
     ),
-    "not built: a flag": say("--lora.rank", "8", "--compile.enable"),
+    "not built: a flag": say("--lora.rank", "8", "--checkpoint.async_mode", "async"),
     "recompute what": add("[activation_checkpoint]\nmode = 'selective'\nselective_ac_option = 'some'"),
     "recompute none of what": add("[activation_checkpoint]\nselective_ac_option = '2'"),
     # adapters

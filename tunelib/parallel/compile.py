@@ -1,0 +1,74 @@
+"""Layers compiled by torch.compile: elementwise work is fused, products stay what they are.
+
+Attention is left out of the graphs: what it does depends on where documents end, and each micro-batch would be compiled anew. So a layer
+is a few graphs, the same for all layers; and work that is to be done again in the backward pass runs them again.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+from tunelib.errors import ConfigError
+from tunelib.model.decoder import Decoder, DecoderLayer
+
+
+def choose_compile(told: bool | None, is_ruled_out: bool, device: torch.device, compiled_before: bool | None) -> bool:
+    """Whether layers are compiled: as told, or as the run did before, or else on CUDA where nothing rules it out.
+
+    Args:
+        told: compile.enable.
+        compiled_before: what a checkpoint says that is resumed from; None for a fresh run.
+
+    Raises:
+        ConfigError: they are to be, and nothing here can compile.
+    """
+    why = "compile.enable = true"
+    if told is None:
+        told = compiled_before if compiled_before is not None else device.type == "cuda" and not is_ruled_out
+        why = "the run that is resumed was compiled" if compiled_before else 'compile.enable = "auto"'
+    if told and (missing := _find_missing(device)):
+        raise ConfigError(f"{why}: {missing}; install it, or set compile.enable = false")
+    return told
+
+
+def _find_missing(device: torch.device) -> str:
+    """What torch.compile lacks here; empty for nothing."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "torch.compile needs the package triton on a GPU, which is not installed"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "torch.compile needs a C++ compiler such as g++, and finds none"
+    return ""
+
+
+def apply_compile(model: Decoder) -> None:
+    """Compile each layer at its first call in a training step. What cannot be compiled then is an error, never a layer that runs without.
+
+    Without gradients, for validation and for samples with their growing rows, layers run as they are.
+
+    Compiled layers are given plain tensors: a graph that takes or gives a DTensor, or a tensor that a collective has yet to bring, passed no
+    gradient on, or a wrong one, and said nothing (torch 2.13).
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for layer in model.model.layers.values():
+        assert isinstance(layer, DecoderLayer)
+        plain = layer.forward
+        layer.self_attn.attend = torch.compiler.disable(layer.self_attn.attend)  # type: ignore[method-assign]
+        layer.forward = functools.partial(_run, plain, torch.compile(plain))  # type: ignore[method-assign]
+
+
+def _run(plain: Callable[..., Tensor], compiled: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return plain(x, *rest)
+    return compiled(x.clone() if isinstance(x, AsyncCollectiveTensor) else x, *rest)
