@@ -34,6 +34,10 @@ case $MAX_RESTARTS in *[!0-9]*) fail "MAX_RESTARTS must be a whole number, not '
 if [ "$NNODES" -gt 1 ] && { [ -z "${RDZV_ENDPOINT:-}" ] || [ -z "${NODE_RANK:-}" ]; }; then
     fail "with NNODES=$NNODES, every machine needs NODE_RANK (0 to $((NNODES - 1))) and RDZV_ENDPOINT (host:port of machine 0)"
 fi
+if [ "$NNODES" -gt 1 ]; then
+    case $NODE_RANK in *[!0-9]*) fail "NODE_RANK must be a whole number from 0 to $((NNODES - 1)), not '$NODE_RANK'" ;; esac
+    [ "$NODE_RANK" -lt "$NNODES" ] || fail "NODE_RANK must be a whole number from 0 to $((NNODES - 1)), not '$NODE_RANK'"
+fi
 
 config=${CONFIG:-${CONFIG_FILE:-}}
 case ${1:-} in
@@ -96,6 +100,8 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300} # s
 # one variable for each spelling that torch has had: what torchrun passes on, SIGUSR1 being the warning of batch systems
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export PET_SIGNALS_TO_HANDLE=$TORCHELASTIC_SIGNALS_TO_HANDLE
+# One store for all restarts would show ranks that start again each other's old addresses, until a timeout.
+[ "$MAX_RESTARTS" -eq 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [ "$NNODES" -gt 1 ]; then
     is_host=false
     [ "$NODE_RANK" -eq 0 ] && is_host=true

@@ -84,8 +84,9 @@ class CheckpointManager:
             if steps:
                 raise CheckpointError(f"{self.folder} already holds step {steps[-1]}: a seed checkpoint is the first thing in a run folder")
             return Decision("fresh", "making a seed checkpoint")
-        # What torchrun starts again goes on, whatever the first start was told.
-        if self.section.resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        # What torchrun starts again goes on, whatever the first start was told; it counts where a worker failed, not on machines that followed.
+        is_restart = any(gather_objects(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+        if self.section.resume == "never" and not is_restart:
             aside = f"; {len(steps)} old checkpoints set aside" if steps else ""
             return Decision("fresh", f"starting fresh: checkpoint.resume is 'never'{aside}", supersede=tuple(steps))
         decision = self._decide_step(steps, num_steps)

@@ -117,13 +117,13 @@ def hold_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
 
 
 class StopSignal:
-    """Whether somebody wants the run to end: Ctrl-C, or SIGTERM from a scheduler. A second signal ends it at once."""
+    """Whether somebody wants the run to end: Ctrl-C, or SIGTERM or SIGUSR1 from a scheduler. A second signal ends it at once."""
 
     def __init__(self) -> None:
         self.received = False
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -213,7 +213,9 @@ def _report_memory(error: BaseException) -> int:
 def _leave_exit_code(code: int) -> int:
     """Write the code where the launcher looks for it; of several processes the first knows best, the others follow from it."""
     if path := os.environ.get(EXIT_CODE_FILE):
-        with contextlib.suppress(FileExistsError), open(f"{path}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", "x") as file:
+        # A machine that starts again because another did keeps its count of restarts; the port is a new one every time.
+        start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{os.environ.get('MASTER_PORT', '0')}"
+        with contextlib.suppress(FileExistsError), open(f"{path}.{start}", "x") as file:
             file.write(str(code))
     return code
 
