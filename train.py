@@ -11,6 +11,7 @@ have got wrong is found before the first weight is allocated. Nothing imports th
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -21,15 +22,15 @@ from typing import Any
 import torch
 
 from tunelib.adapters import add_adapters
-from tunelib.checkpoint.manager import CheckpointManager, check_base, check_identity
-from tunelib.checkpoint.state import RunState, model_tensors, optimizer_tensors, restore_rng, rng_tensors, tensors_to_load
+from tunelib.checkpoint.manager import CheckpointManager, Decision, check_base, check_identity
+from tunelib.checkpoint.state import PassedOver, RunState, model_tensors, optimizer_tensors, restore_rng, rng_tensors, tensors_to_load
 from tunelib.config import Config, check_own_config, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
 from tunelib.config.resolve import find_what_rules_out_compile
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
 from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words
 from tunelib.data.stream import Ranks, StreamData
 from tunelib.data.tokenizer import Tokenizer
-from tunelib.errors import CheckpointError, Stopped, TunelibError
+from tunelib.errors import CheckpointError, NumbersError, Stopped, TunelibError
 from tunelib.files import replace_file
 from tunelib.formats.fingerprint import fingerprint_of
 from tunelib.formats.load import (
@@ -48,7 +49,7 @@ from tunelib.infer.generate import answer_prompts, encode_prompts
 from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.observe.console import Console
 from tunelib.observe.memory import peak_memory_gib
-from tunelib.observe.metrics import METRICS_FILE, SAMPLES_FILE, RowWriter
+from tunelib.observe.metrics import METRICS_FILE, NONFINITE_FILE, SAMPLES_FILE, RowWriter
 from tunelib.observe.report import Summary, describe_documents, opening_lines
 from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
@@ -56,10 +57,13 @@ from tunelib.parallel.compile import choose_compile
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.mesh import Layout, build_layout
 from tunelib.parallel.pipeline import Pipeline, plan_stages
-from tunelib.parallel.reduce import agree, agreed, any_rank, check_finite, check_same, clip_gradients, sum_over_ranks
+from tunelib.parallel.reduce import agree, agreed, any_rank, check_same, clip_gradients, sum_over_ranks
 from tunelib.parallel.runtime import DTYPES, Runtime, StopSignal, hold_folder, leave, run_main, start, step_timeout
 from tunelib.parallel.tensor import check_split
 from tunelib.schedule import lr_factor
+
+SAVE_REQUEST = "SAVE"
+"""A file that asks for a checkpoint after the next step, when somebody puts it into the run folder."""
 
 
 def main(argv: list[str]) -> None:
@@ -71,6 +75,7 @@ def main(argv: list[str]) -> None:
     with start(config.training, config.comm) as runtime, hold_folder(folder, runtime), contextlib.ExitStack() as closing:
         console = Console(active=runtime.is_main)
         started = time.monotonic()
+        stop, save_request = closing.enter_context(StopSignal()), folder / SAVE_REQUEST
 
         # Arrange the machines.
         layout = build_layout(config.parallelism, runtime)
@@ -124,7 +129,8 @@ def main(argv: list[str]) -> None:
 
         # Memory of the run: what to go on from, if nothing that decides the run has changed since.
         checkpoint_folder = folder / config.checkpoint.folder
-        manager = CheckpointManager(config.checkpoint, checkpoint_folder, runtime.is_main, resolved_toml(loaded), json.dumps(export.fields, indent=2))
+        model_json = json.dumps(export.fields, indent=2)
+        manager = CheckpointManager(config.checkpoint, checkpoint_folder, runtime.is_main, resolved_toml(loaded), model_json, console.say)
         num_steps = config.training.steps or (train_data.steps_in_epochs(config.training.epochs or 1) if isinstance(train_data, TrainData) else 0)
         decision = manager.decide(num_steps)
         console.say(decision.sentence)
@@ -177,17 +183,23 @@ def main(argv: list[str]) -> None:
 
         # Resume: weights, optimizer, random state; the data's place follows from the step.
         step, tokens_seen = (decision.state.step, decision.state.tokens_seen) if decision.state is not None else (0, 0)
-        if decision.kind == "resume" and decision.state is not None:
-            same_layout = (decision.state.world_size, decision.state.device) == (runtime.world_size, runtime.device.type)
+        passed_over = PassedOver(config.training, decision.state.passed_over if decision.state is not None else [])
+        validation_loss = decision.state.validation_loss if decision.state is not None else None
+
+        def resume_from(decision: Decision, state: RunState) -> None:
+            same_layout = (state.world_size, state.device) == (runtime.world_size, runtime.device.type)
             tensors = tensors_to_load(model, optimizer, runtime.rank, runtime.device, same_layout)
             manager.load(tensors, decision)
             if same_layout:
                 restore_rng(tensors, runtime.rank, runtime.device)
             elif config.lora.dropout:
                 console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another number of processes")
-            if isinstance(train_data, StreamData) and decision.state.streams is not None:
+            if isinstance(train_data, StreamData) and state.streams is not None:
                 with agreed():
-                    train_data.restore(decision.state.streams[layout.data_rank])
+                    train_data.restore(state.streams[layout.data_rank])
+
+        if decision.kind == "resume" and decision.state is not None:
+            resume_from(decision, decision.state)
         if step >= num_steps:
             console.say(f"this run is finished at step {step}; extend it with more --training.steps or --training.epochs (now {num_steps} steps)")
 
@@ -198,6 +210,7 @@ def main(argv: list[str]) -> None:
             resumed_step = step if decision.kind in ("resume", "finished") else None
             metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
             samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
+            nonfinite = closing.enter_context(RowWriter(folder / NONFINITE_FILE, num_steps if resumed_step is not None else None, runtime.is_main))
         origin_of_weights = weights.sentence if decision.kind == "fresh" or config.lora.enable else "weights from the checkpoint"
         num_parameters = sum(shape.numel() for shape in expected_shapes(model.config).values())
         for line in opening_lines(config, runtime, layout, compiled, trained, num_parameters, data_lines, num_steps, origin_of_weights, export.notes):
@@ -205,11 +218,12 @@ def main(argv: list[str]) -> None:
         summary = Summary()
 
         def validate() -> None:
-            if held_out is not None:
-                loss = evaluate(model, held_out, runtime, layout)
-                metrics.write({"step": step, "validation_loss": loss, "tokens": tokens_seen})
-                summary.add_validation(loss)
-                console.say(f"step {step}: validation loss {loss:.4f} on {held_out.num_trained:,} held-out tokens")
+            nonlocal validation_loss
+            if held_out is not None and (loss := evaluate(model, held_out, runtime, layout, stop)) is not None:
+                validation_loss = loss
+                metrics.write({"step": step, "validation_loss": validation_loss, "tokens": tokens_seen})
+                summary.add_validation(validation_loss)
+                console.say(f"step {step}: validation loss {validation_loss:.4f} on {held_out.num_trained:,} held-out tokens")
 
         def show_samples() -> None:
             answers = answer_prompts(model, prompts, words.tokenizer, stop_ids, config.validation.max_new_tokens, runtime.device)
@@ -217,46 +231,82 @@ def main(argv: list[str]) -> None:
                 samples.write({"step": step, "prompt": prompt, "answer": answer})
                 console.say(f"step {step}: {prompt!r} → {answer!r}")
 
-        def save() -> Path | None:
+        def state_of_run() -> tuple[dict[str, torch.Tensor], RunState]:
             tensors = model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device)
             streams = layout.gather_shares(train_data.state()) if isinstance(train_data, StreamData) else None
-            return manager.save(tensors, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity, streams, base, compiled))
+            facts = (runtime.world_size, runtime.device.type, identity, streams, base, compiled, passed_over.steps, validation_loss)
+            return tensors, RunState(step, tokens_seen, *facts)
+
+        def pass_over(loss: float, grad_norm: float) -> None:
+            """A step whose numbers are not finite: stop, or remember it, and go back where that is asked for."""
+            nonlocal step, tokens_seen
+            documents = train_data.documents_of(step + 1) if isinstance(train_data, TrainData) else None
+            nonfinite.write({"step": step + 1, "loss": repr(loss), "grad_norm": repr(grad_norm), "documents": documents})
+            console.say(passed_over.add(step + 1, loss, grad_norm))
+            if config.training.on_nonfinite == "rollback":
+                manager.wait()
+                back = manager.decide(num_steps)
+                if back.kind != "resume" or back.state is None:
+                    raise NumbersError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, and there is no checkpoint to go back to")
+                resume_from(back, back.state)
+                step, tokens_seen = back.state.step, back.state.tokens_seen
+                for rows in (metrics, samples):
+                    rows.cut(step)
+                console.say(f"gone back to step {step}")
 
         if step == 0:
             validate()
             show_samples()
 
         # The loop, which ends early, saved, where a signal asks for it.
-        stop = closing.enter_context(StopSignal())
         console.start_steps(num_steps, step)
         first_step, last_validated = step + 1, step
         while step < num_steps:
+            is_stopped, is_asked = any_rank((stop.received, runtime.is_main and save_request.exists()), runtime.device)
+            if is_stopped:
+                break
+            if is_asked and step > 0:
+                manager.save_and_go_on(*state_of_run())
+                if runtime.is_main:
+                    save_request.unlink(missing_ok=True)
             begun = time.monotonic()
             work = train_data.step(step + 1)
             lr = config.optimizer.lr * lr_factor(config.lr_scheduler, step + 1, num_steps)
-            with step_timeout(config.comm, active=step >= first_step):
-                loss, grad_norm = train_step(model, optimizer, work, lr, config.training.max_norm, runtime, layout)
+            row: dict[str, Any] = {"step": step + 1, "epoch": work.epoch, "lr": lr}
+            if work.number not in passed_over.steps:
+                with step_timeout(config.comm, active=step >= first_step):
+                    loss, grad_norm = train_step(model, optimizer, work, lr, config.training.max_norm, runtime, layout)
+                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                    pass_over(loss, grad_norm)
+                    if step + 1 != work.number:
+                        continue  # from where it has gone back to
             finished_epochs = train_data.epochs_after(step), train_data.epochs_after(step + 1)
-            step, tokens_seen = step + 1, tokens_seen + work.num_tokens
-            summary.add_step(work.num_tokens, time.monotonic() - begun, loss)
+            step += 1
+            if step in passed_over.steps:
+                metrics.write(row | {"passed_over": True, "tokens": tokens_seen})
+            else:
+                tokens_seen += work.num_tokens
+                summary.add_step(work.num_tokens, time.monotonic() - begun, loss)
             if isinstance(train_data, StreamData) and step in (first_step, num_steps):
                 console.say("\n".join(train_data.report))
-            if step % config.metrics.log_freq == 0 or step == num_steps:
-                row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "epoch": work.epoch, "tokens": tokens_seen}
-                row |= summary.speed() | {"memory_gib": peak_memory_gib(runtime.device)}
+            if step not in passed_over.steps and (step % config.metrics.log_freq == 0 or step == num_steps):
+                row |= {"loss": loss, "grad_norm": grad_norm, "tokens": tokens_seen, "memory_gib": peak_memory_gib(runtime.device)}
+                row |= summary.speed()
                 metrics.write(row)
                 console.step(row)
             if config.validation.enable and step % config.validation.freq == 0:
                 validate()
                 last_validated = step
             if step < num_steps and manager.is_due(step, finished_epochs):
-                save()
-            if step < num_steps and any_rank(stop.received, runtime.device):
-                console.end_steps()
-                if not config.checkpoint.enable_checkpoint:
-                    raise TunelibError(f"stopped after step {step} by a signal; nothing was saved: checkpoint.enable_checkpoint is false")
-                save()
-                raise Stopped(f"stopped after step {step} by a signal, and saved; the same command goes on from there")
+                manager.save_and_go_on(*state_of_run())
+        if step < num_steps:
+            console.end_steps()
+            if not config.checkpoint.enable_checkpoint:
+                raise TunelibError(f"stopped after step {step} by a signal; nothing was saved: checkpoint.enable_checkpoint is false")
+            if step == 0:
+                raise Stopped("stopped by a signal before the first step; the same command begins again")
+            manager.save(*state_of_run())
+            raise Stopped(f"stopped after step {step} by a signal, and saved; the same command goes on from there")
         console.end_steps()
 
         # Close: the last validation and samples, the last checkpoint, the export, one summary.
@@ -269,7 +319,7 @@ def main(argv: list[str]) -> None:
             weights_alone = {name: tensor.to(export.dtypes[name]) for name, tensor in model_tensors(model).items()}
             checkpoint = manager.save(weights_alone, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity), kind="model")
         elif config.checkpoint.enable_checkpoint:
-            checkpoint = save()
+            checkpoint = manager.save(*state_of_run())
         adapter_line = export_line = ""
         if config.lora.enable:
             origin_path = config.checkpoint.initial_load_path
@@ -291,10 +341,8 @@ def train_step(
     """One optimizer step over all micro-batches of this rank.
 
     Returns:
-        The loss in nats per trained token of the whole global batch, and the gradient norm before clipping.
-
-    Raises:
-        NumbersError: on every rank, before the weights change, where a gradient is not finite.
+        The loss in nats per trained token of the whole global batch, and the gradient norm before clipping; the same on every rank. Where one
+        of them is not finite, nothing has changed.
     """
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     if isinstance(model.pipeline, Pipeline):
@@ -308,18 +356,20 @@ def train_step(
             total += summed.detach()
     grad_norm = clip_gradients(model.parameters(), max_norm, layout.pipeline).item()
     loss = sum_over_ranks(total, layout.sums).item() / work.num_trained
-    check_finite(loss, grad_norm, work.number)
-    set_lr(optimizer, lr)
-    optimizer.step()
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        set_lr(optimizer, lr)
+        optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm
 
 
-def evaluate(model: Decoder, data: HeldOutData, runtime: Runtime, layout: Layout) -> float:
-    """The loss in nats per trained token over all held-out documents; every rank must call it."""
+def evaluate(model: Decoder, data: HeldOutData, runtime: Runtime, layout: Layout, stop: StopSignal) -> float | None:
+    """The loss in nats per trained token over all held-out documents; None where a signal ends it. Every rank must call it."""
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     with forward_only(model):
         for batch in data.batches():
+            if any_rank((stop.received,), runtime.device)[0]:
+                return None
             batch = batch.to(runtime.device)
             total += model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
     return sum_over_ranks(total, layout.sums).item() / data.num_trained

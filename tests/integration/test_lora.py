@@ -80,7 +80,7 @@ def test_base_has_neither_gradients_nor_optimizer_state_and_nf4_is_small(
     step, seen = program.train_step, []
 
     def watched_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *words: object) -> tuple[float, float]:
-        def look(*facts: float) -> None:
+        def look(*facts: object) -> None:
             frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             assert all(parameter.grad is None for parameter in frozen)
@@ -90,7 +90,7 @@ def test_base_has_neither_gradients_nor_optimizer_state_and_nf4_is_small(
             numbers = sum(module.in_features * module.out_features for module in adapted)
             seen.append(sum(module.weight.nbytes for module in adapted) / numbers)
 
-        monkeypatch.setattr(program, "check_finite", look)
+        monkeypatch.setattr(program, "set_lr", look)
         return step(model, optimizer, *words)  # type: ignore[arg-type]
 
     monkeypatch.setattr(program, "train_step", watched_step)

@@ -4,25 +4,30 @@ A step folder is ``step-N``, committed by `tunelib.files`; its manifest says of 
 (weights alone) or "seed" (initial weights). Methods marked *collective* must be reached by every rank.
 """
 
+import concurrent.futures
 import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from tunelib import files
 from tunelib.checkpoint.dcp_reader import load_tensors, on_this_process_alone, root_cause
 from tunelib.checkpoint.state import STATE_FILE, RunState, read_run_state
 from tunelib.config.schema import Checkpoint
 from tunelib.errors import CheckpointError, SaveError
-from tunelib.parallel.reduce import agree, agreed, deal, from_main, gather_objects, on_main
+from tunelib.parallel.reduce import agree, agreed, deal, from_main, gather_objects, local, on_main, own_group, speaking_over
 
 STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 KINDS = ("full", "model", "seed")
@@ -60,13 +65,17 @@ class CheckpointManager:
         is_main: whether this rank writes what is written once.
         config_toml: the resolved TOML, kept in every checkpoint.
         model_json: the model's config.json, kept in every checkpoint so that its weights can be loaded by themselves.
+        say: tells the user.
     """
 
-    def __init__(self, section: Checkpoint, folder: Path, is_main: bool, config_toml: str, model_json: str):
+    def __init__(self, section: Checkpoint, folder: Path, is_main: bool, config_toml: str, model_json: str, say: Callable[[str], None] = print):
         self.section, self.folder, self.is_main = section, folder, is_main
-        self.config_toml, self.model_json = config_toml, model_json
+        self.config_toml, self.model_json, self._say = config_toml, model_json, say
         self._saved_step = -1
         self._last_save_time = time.monotonic()
+        self._num_failed = 0
+        self._bytes = 0  # of the newest checkpoint
+        self._background: Background | None = None
 
     # How the run begins
 
@@ -120,6 +129,8 @@ class CheckpointManager:
                     return self._begin_with(step, "model", "")
                 passed_over += f"; step {step} holds model weights only"
                 weights_only = max(weights_only, step)
+            elif manifest.get("finite") is False:
+                passed_over += f"; step {step} holds numbers that are not finite"
             elif manifest["kind"] == "full" or weights_only < 0:
                 return self._begin_with(step, manifest["kind"], "the newest good checkpoint" + passed_over)
         if weights_only >= 0:
@@ -194,9 +205,46 @@ class CheckpointManager:
         Raises:
             SaveError: on every rank, where any of them could not write; the folder has no new step then.
         """
+        self.wait()
+        return self._write(tensors, state, kind) if state.step != self._saved_step else None
+
+    def save_and_go_on(self, tensors: dict[str, Tensor], state: RunState) -> None:
+        """`save` in the midst of training: in the background where ``async_mode`` asks for it, and failures are told, and borne for a while.
+
+        Collective.
+
+        Raises:
+            SaveError: on every rank, when ``max_failed_saves`` have failed in a row before.
+        """
+        self.wait()
         if state.step == self._saved_step:
-            return None
+            return
+        if self.section.async_mode == "disabled":
+            self._bear(lambda: self._write(tensors, state, "full"))
+            return
+        if self._background is None:
+            self._background = Background(self.section.async_mode == "async_with_pinned_mem")
+        self._background.start(tensors, lambda copies: self._write(copies, state, "full"))
+
+    def wait(self) -> None:
+        """Wait for a save in the background; raises as `save_and_go_on` does. Collective."""
+        if self._background is not None:
+            self._bear(self._background.finish)
+
+    def _bear(self, save: Callable[[], object]) -> None:
+        try:
+            save()
+            self._num_failed = 0
+        except SaveError as error:  # on every rank
+            self._num_failed += 1
+            if self._num_failed > self.section.max_failed_saves:
+                raise
+            self._say(f"NOT SAVED ({self._num_failed} in a row; checkpoint.max_failed_saves = {self.section.max_failed_saves}): {error}")
+
+    def _write(self, tensors: dict[str, Tensor], state: RunState, kind: str) -> Path:
         final = self._path(state.step)
+        on_main(lambda: self._check_space(final))
+        is_finite = all(gather_objects(all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors.values() if tensor.is_floating_point())))
         staging = files.staging_of(final)
         failed = f"{final} cannot be written"
         with agreed(failed):
@@ -223,24 +271,43 @@ class CheckpointManager:
                 if final.exists():  # model weights alone, which a run that was extended passes again
                     files.set_aside(final, "superseded")
                 together = {name: entry for part in parts for name, entry in part.items()}
-                files.commit_folder(staging, final, together, kind=kind, step=state.step)
+                self._bytes = sum(entry["size"] for entry in together.values())
+                facts = {"kind": kind, "step": state.step, "finite": is_finite, "validation_loss": state.validation_loss}
+                files.commit_folder(staging, final, together, **facts)
                 self._retain()
+        if not is_finite:
+            self._say(f"step {state.step}: the checkpoint holds numbers that are not finite, and counts for nothing")
         self._saved_step = state.step
         self._last_save_time = time.monotonic()
         return final
 
+    def _check_space(self, final: Path) -> None:
+        """Whether the disk has room for as much as the newest checkpoint takes; raises SaveError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < self._bytes:
+            raise SaveError(f"{final} cannot be written: it takes about {self._bytes / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there")
+
     def _retain(self) -> None:
+        """Remove full checkpoints that nothing asks to keep. Those that are not finite count for nothing, and go with the good ones after them."""
         keep = self.section.keep_latest_k
-        full = [step for step in self._list_steps() if self._kind(step) == "full"]
-        for step in full[:-keep] if keep else []:
+        manifests = {step: manifest for step in self._list_steps() if (manifest := self._manifest(step)).get("kind") == "full"}
+        good = [step for step, manifest in manifests.items() if manifest.get("finite") is not False]
+        kept = set(good[-keep:]) if keep else set(good)
+        if self.section.keep_every_n:
+            kept |= {step for step in good if step % self.section.keep_every_n == 0}
+        losses = {step: loss for step in good if (loss := manifests[step].get("validation_loss")) is not None}
+        if self.section.keep_best and losses:
+            kept.add(min(losses, key=losses.__getitem__))
+        for step in [step for step in manifests if step not in kept and good and step < good[-1]]:
             files.remove_folder(self._path(step))
 
-    def _kind(self, step: int) -> str | None:
-        """What a step's manifest says it is; None where there is no readable one: such a folder neither counts nor goes."""
+    def _manifest(self, step: int) -> dict[str, Any]:
+        """A step's manifest; empty where there is no readable one: such a folder neither counts nor goes."""
         try:
-            return files.read_manifest(self._path(step)).get("kind")
+            return files.read_manifest(self._path(step))
         except CheckpointError:
-            return None
+            return {}
 
     def _list_steps(self) -> list[int]:
         if not self.folder.is_dir():
@@ -249,6 +316,38 @@ class CheckpointManager:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step}"
+
+
+class Background:
+    """Saves in a thread of its own, which speaks over a group of its own, from a copy of the tensors in the main memory.
+
+    Args:
+        pinned: copy into memory that a GPU writes to directly.
+    """
+
+    def __init__(self, pinned: bool):
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        options = StagingOptions(use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned)
+        self._stager = DefaultStager(options)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._pending: concurrent.futures.Future | None = None
+
+    def start(self, tensors: dict[str, Tensor], write: Callable[[dict[str, Tensor]], object]) -> None:
+        """Copy the tensors, and begin to write the copies; after `finish`, since the copies have one place."""
+        copies = self._stager.stage(tensors)
+        assert isinstance(copies, dict)
+
+        def run() -> object:
+            with speaking_over(self._group):
+                return write(copies)
+
+        self._pending = self._thread.submit(run)
+
+    def finish(self) -> None:
+        """Wait for what was begun, and raise what it raised, which is the same on every rank."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 def check_identity(saved: dict[str, Any], today: dict[str, Any]) -> None:
@@ -300,7 +399,7 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     error = None
     try:
         with on_this_process_alone() as alone:
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=alone)
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=alone, process_group=own_group())
     except (Exception, CheckpointException) as problem:
         error = SaveError(f"{folder} cannot be written: {root_cause(problem)}")
     agree(error)

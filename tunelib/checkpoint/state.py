@@ -5,14 +5,15 @@ Model tensors lie flat at the top under their Hugging Face names. ``optimizer.<p
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunelib.errors import CheckpointError
+from tunelib.config.schema import Training
+from tunelib.errors import CheckpointError, NumbersError
 from tunelib.files import read_json
 from tunelib.optimizer import prepare_state
 
@@ -29,6 +30,8 @@ class RunState:
         identity: what must be the same for a run to go on: name → digest or value.
         base: fingerprint of the frozen weights, which are not saved; empty where all are trained.
         compiled: whether layers were compiled.
+        passed_over: steps that were taken without an update, because their numbers were not finite.
+        validation_loss: the newest; None before the first.
         streams: where each data rank's stream stands, by rank; None for data whose place follows from the step.
     """
 
@@ -40,10 +43,43 @@ class RunState:
     streams: list[Any] | None = None
     base: str = ""
     compiled: bool = False
+    passed_over: list[int] = field(default_factory=list)
+    validation_loss: float | None = None
 
     def to_json(self) -> str:
         """For state.json."""
         return json.dumps(asdict(self), indent=1) + "\n"
+
+
+class PassedOver:
+    """The steps that a run takes without an update, because their numbers were not finite.
+
+    Args:
+        section: whose on_nonfinite and max_nonfinite_steps say what is done.
+        steps: those of the checkpoint that is resumed from.
+    """
+
+    def __init__(self, section: Training, steps: list[int]):
+        self.section, self.steps = section, list(steps)
+
+    def add(self, step: int, loss: float, grad_norm: float) -> str:
+        """Pass a step over from now on; what that means, in words.
+
+        Raises:
+            NumbersError: on every rank, since all have the same numbers: the run is to stop, now or because there were too many.
+        """
+        numbers = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+        policy, limit = self.section.on_nonfinite, self.section.max_nonfinite_steps
+        if policy == "stop" or len(self.steps) >= limit:
+            enough = "" if policy == "stop" else f", after {limit} steps were passed over (training.max_nonfinite_steps)"
+            error = NumbersError(
+                f"{numbers}: stopped before the weights change{enough}, and nothing of it is saved; "
+                "go on from an earlier checkpoint with a lower --optimizer.lr or a longer --lr_scheduler.warmup_steps."
+            )
+            error.agreed = True
+            raise error
+        self.steps.append(step)
+        return f"{numbers}: passed over, without an update ({len(self.steps)} of at most {limit})"
 
 
 def read_run_state(folder: Path) -> RunState:

@@ -356,6 +356,12 @@ def find_export_fault(checked: Checked) -> Iterator[str]:
         yield f"{place}: is the export that this run would replace at its end; give job.dump_folder another folder"
 
 
+def find_rollback_fault(checked: Checked) -> Iterator[str]:
+    """Going back to checkpoints that nobody writes."""
+    if checked.config.training.on_nonfinite == "rollback" and not checked.config.checkpoint.enable_checkpoint:
+        yield f'{checked.at("training.on_nonfinite")}: there is nothing to go back to; set checkpoint.enable_checkpoint = true, or this to "skip"'
+
+
 def find_adapter_fault(checked: Checked) -> Iterator[str]:
     """Adapters beside nothing, or of a base that nobody keeps."""
     section = checked.config.lora
@@ -384,6 +390,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("validation.enable", "validation.path", "validation.split", "validation.fraction", "dataset.hub", "dataset.streaming"), find_validation_fault),
     (("checkpoint.interval_type", "dataset.streaming"), find_epoch_fault),
     (("checkpoint.folder",), find_folder_fault),
+    (("training.on_nonfinite", "checkpoint.enable_checkpoint"), find_rollback_fault),
     (("lora.", "checkpoint.initial_load_path"), find_adapter_fault),
     (("activation_checkpoint.",), find_recompute_fault),
     (("parallelism.", "dataset.streaming"), find_degree_fault),

@@ -51,6 +51,8 @@ NEEDS = (
     Need(("checkpoint.model_weights_only", "checkpoint.create_seed_checkpoint"), "lora.enable", (True,)),
     Need(("checkpoint.export_format", "checkpoint.export_dtype", "checkpoint.verify_export"), "lora.save_adapter_weights_only", (True,)),
     Need(("checkpoint.load_step",), "checkpoint.resume", ("never",)),
+    Need(("checkpoint.keep_best",), "validation.enable", (False,)),
+    Need(("training.max_nonfinite_steps",), "training.on_nonfinite", ("stop",)),
     Need(keys_of("validation", "validation.enable"), "validation.enable", (False,)),
     Need(("validation.max_new_tokens",), "validation.prompts", ((),)),
     Need(("optimizer.beta1", "optimizer.beta2", "optimizer.eps"), "optimizer.name", ("SGD",)),

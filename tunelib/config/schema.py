@@ -229,6 +229,11 @@ class Training:
     """Order of the data and freshly drawn weights follow from it."""
     deterministic: bool = False
     """Use only deterministic kernels, and stop where there is none."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """When a step's loss or gradients are not finite, before weights change: "stop" the run; "skip": pass the step over; "rollback": go back to the
+    newest checkpoint, and pass the step over when it comes again. The documents of its batch are written to nonfinite.jsonl."""
+    max_nonfinite_steps: Count = 10
+    """How many steps of the whole run may be passed over before it stops after all."""
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in the main memory, and take an optimizer step there; for models that the GPUs do not hold."""
     dtype: Dtype = "auto"
@@ -362,7 +367,15 @@ class Checkpoint:
     interval_type: Literal["steps", "seconds", "epochs"] = "steps"
     """What checkpoint.interval counts."""
     keep_latest_k: NonNegativeInt = 10
-    """How many full checkpoints are kept; 0 keeps all. The newest good one is never deleted."""
+    """How many full checkpoints are kept, of those whose numbers are all finite; 0 keeps all. The newest good one is never deleted."""
+    keep_every_n: NonNegativeInt = 0
+    """Besides, keep the checkpoints of every so many steps for good; 0: of none."""
+    keep_best: bool = False
+    """Besides, keep the checkpoint with the lowest validation loss."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Save in the background, from a copy in the main memory, while training goes on; "async_with_pinned_mem" copies faster from a GPU."""
+    max_failed_saves: NonNegativeInt = 2
+    """How many saves in a row may fail, for want of space or a disk that does not answer, before the run stops; the last one must not."""
     load_step: Annotated[int, Bounds(minimum=0, also=(-1,))] = -1
     """Resume from this step; later ones are set aside as step-N.superseded-K. -1: the newest good one."""
     resume: Literal["auto", "never", "must"] = "auto"

@@ -110,6 +110,10 @@ class TrainData:
             rows.append((epoch, self._plan(epoch).row(number - first)))
         return rows
 
+    def documents_of(self, step: int) -> list[str]:
+        """File and line of each document of a step, over all ranks."""
+        return [self.index.where(document) for _, row in self.rows_of(step) for document in row.tolist()]
+
     def step(self, number: int) -> Step:
         """This rank's micro-batches of a step, which is counted from 1."""
         rows = self.rows_of(number)

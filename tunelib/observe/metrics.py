@@ -1,12 +1,12 @@
-"""metrics.jsonl and samples.jsonl: a row per logged step, floats at full precision."""
+"""metrics.jsonl, samples.jsonl and nonfinite.jsonl: a row per logged step, floats at full precision."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tunelib import files
 
-METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+METRICS_FILE, SAMPLES_FILE, NONFINITE_FILE = "metrics.jsonl", "samples.jsonl", "nonfinite.jsonl"
 
 
 class RowWriter:
@@ -19,17 +19,26 @@ class RowWriter:
     """
 
     def __init__(self, path: Path, resumed_step: int | None, active: bool):
-        self._file = None
+        self._path = path
+        self._file: IO[str] | None = None
         if active:
-            kept = _rows_up_to(path, resumed_step) if resumed_step is not None and path.exists() else []
-            files.replace_file(path, "".join(kept))
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
+            self._begin(_rows_up_to(path, resumed_step) if resumed_step is not None and path.exists() else [])
+
+    def cut(self, step: int) -> None:
+        """Leave out the rows of later steps, which the run will make again."""
+        if self._file is not None:
+            self._file.close()
+            self._begin(_rows_up_to(self._path, step))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row, at once."""
         if self._file is not None:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
+
+    def _begin(self, rows: list[str]) -> None:
+        files.replace_file(self._path, "".join(rows))
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
 
     def __enter__(self) -> "RowWriter":
         return self

@@ -1,7 +1,7 @@
 """Numbers and verdicts that all processes share. Every function here is a collective that every rank must reach."""
 
 import contextlib
-import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,9 +12,27 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from tunelib.errors import DataError, NumbersError, SaveError, TunelibError
+from tunelib.errors import DataError, SaveError, TunelibError
 
 T = TypeVar("T")
+
+
+_OF_THREAD = threading.local()
+
+
+@contextlib.contextmanager
+def speaking_over(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Have what this thread says in this block go over another group of all ranks, so that it does not mix with what other threads say."""
+    _OF_THREAD.group = group
+    try:
+        yield
+    finally:
+        _OF_THREAD.group = None
+
+
+def own_group() -> dist.ProcessGroup | None:
+    """The group that this thread speaks over; None for that of all ranks."""
+    return getattr(_OF_THREAD, "group", None)
 
 
 def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -29,7 +47,7 @@ def gather_objects(value: T) -> list[T]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=own_group())
     return values
 
 
@@ -38,7 +56,7 @@ def from_main(value: T) -> T:
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=own_group())
     return values[0]
 
 
@@ -99,9 +117,9 @@ def on_main(act: Callable[[], T]) -> T:
     return from_main(done[0] if done else None)  # type: ignore[return-value]  # rank 0 always has one
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank. Collective."""
-    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
+def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Whether each of some flags is set on any rank. Collective."""
+    return [count > 0 for count in sum_over_ranks(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, pipeline: DeviceMesh | None = None) -> Tensor:
@@ -120,17 +138,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, pipeline
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm
-
-
-def check_finite(loss: float, grad_norm: float, step: int) -> None:
-    """Stop before numbers that are not finite reach the weights; both are the same on every rank, and so is the verdict."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        error = NumbersError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}: stopped before the weights change, and nothing of it is saved; "
-            "go on from an earlier checkpoint with a lower --optimizer.lr or a longer --lr_scheduler.warmup_steps."
-        )
-        error.agreed = True
-        raise error
 
 
 def local(tensor: Tensor) -> Tensor:
