@@ -58,8 +58,9 @@ from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.mesh import Layout, build_layout
 from tunelib.parallel.pipeline import Pipeline, plan_stages
 from tunelib.parallel.reduce import agree, agreed, any_rank, check_same, clip_gradients, sum_over_ranks
-from tunelib.parallel.runtime import DTYPES, Runtime, StopSignal, hold_folder, leave, run_main, start, step_timeout
+from tunelib.parallel.runtime import DTYPES, Runtime, StopSignal, hold_folder, leave, run_main, start
 from tunelib.parallel.tensor import check_split
+from tunelib.parallel.watchdog import Watchdog
 from tunelib.schedule import lr_factor
 
 SAVE_REQUEST = "SAVE"
@@ -76,6 +77,8 @@ def main(argv: list[str]) -> None:
         console = Console(active=runtime.is_main)
         started = time.monotonic()
         stop, save_request = closing.enter_context(StopSignal()), folder / SAVE_REQUEST
+
+        watchdog = closing.enter_context(Watchdog(config.comm, folder, runtime))
 
         # Arrange the machines.
         layout = build_layout(config.parallelism, runtime)
@@ -219,7 +222,9 @@ def main(argv: list[str]) -> None:
 
         def validate() -> None:
             nonlocal validation_loss
-            if held_out is not None and (loss := evaluate(model, held_out, runtime, layout, stop)) is not None:
+            with watchdog.watch("a validation"):
+                loss = evaluate(model, held_out, runtime, layout, stop) if held_out is not None else None
+            if held_out is not None and loss is not None:
                 validation_loss = loss
                 metrics.write({"step": step, "validation_loss": validation_loss, "tokens": tokens_seen})
                 summary.add_validation(validation_loss)
@@ -266,7 +271,8 @@ def main(argv: list[str]) -> None:
             if is_stopped:
                 break
             if is_asked and step > 0:
-                manager.save_and_go_on(*state_of_run())
+                with watchdog.watch("a save"):
+                    manager.save_and_go_on(*state_of_run())
                 if runtime.is_main:
                     save_request.unlink(missing_ok=True)
             begun = time.monotonic()
@@ -274,7 +280,7 @@ def main(argv: list[str]) -> None:
             lr = config.optimizer.lr * lr_factor(config.lr_scheduler, step + 1, num_steps)
             row: dict[str, Any] = {"step": step + 1, "epoch": work.epoch, "lr": lr}
             if work.number not in passed_over.steps:
-                with step_timeout(config.comm, active=step >= first_step):
+                with watchdog.step(work.number, is_first=step < first_step):
                     loss, grad_norm = train_step(model, optimizer, work, lr, config.training.max_norm, runtime, layout)
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     pass_over(loss, grad_norm)
@@ -298,7 +304,8 @@ def main(argv: list[str]) -> None:
                 validate()
                 last_validated = step
             if step < num_steps and manager.is_due(step, finished_epochs):
-                manager.save_and_go_on(*state_of_run())
+                with watchdog.watch("a save"):
+                    manager.save_and_go_on(*state_of_run())
         if step < num_steps:
             console.end_steps()
             if not config.checkpoint.enable_checkpoint:

@@ -10,6 +10,8 @@ TunelibError
 └── Stopped           a signal asked the run to end, and it has saved         exit code 75
 """
 
+HUNG = 124
+"""Exit code where something did not end in its time."""
 EXIT_CODE_FILE = "TUNELIB_EXIT_CODE_FILE"
 """Environment variable with the file that a worker of several writes its exit code to: torchrun passes on no code but 1."""
 

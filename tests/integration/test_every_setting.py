@@ -906,15 +906,19 @@ def _(lab: Lab) -> None:
 
 @shows("comm.init_timeout_seconds", "comm.train_timeout_seconds")
 def _(lab: Lab) -> None:
+    """That a step which does not end is ended is shown in tests/integration/test_recovery.py."""
     from tunelib.config.schema import Comm, Training
-    from tunelib.parallel.runtime import start, step_timeout
+    from tunelib.parallel.runtime import start
+    from tunelib.parallel.watchdog import COLLECTIVES_LAST_LONGER, Watchdog
 
     def limit() -> float:
-        return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds() - COLLECTIVES_LAST_LONGER
 
     comm = Comm(init_timeout_seconds=77, train_timeout_seconds=33)
-    with start(Training(mixed_precision_param="bfloat16"), comm):
-        assert limit() == 77
-        with step_timeout(comm, active=True):
+    with start(Training(mixed_precision_param="bfloat16"), comm) as runtime, Watchdog(comm, lab.folder, runtime) as watchdog:
+        with watchdog.step(1, is_first=True):
+            assert limit() == 77
+        with watchdog.step(2, is_first=False):
             assert limit() == 33
-        assert limit() == 77
+        with watchdog.watch("a save"):
+            assert limit() == 77

@@ -429,9 +429,10 @@ class Comm:
     """Communication between processes."""
 
     init_timeout_seconds: Count = 300
-    """Limit of one collective in the first step, and outside of steps: while starting, validating and saving."""
+    """Limit of the first step, and of what is outside of steps: starting, a validation, a save. Then every process writes where it stands to the
+    folder hang, and the run ends with exit code 124."""
     train_timeout_seconds: Count = 100
-    """Limit of one collective in every later step."""
+    """Limit of every later step, but at least five times the longest so far."""
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class StopSignal:
 
     def _receive(self, number: int, _frame: object) -> None:
         if self.received:
-            leave(_leave_exit_code(1))
+            end_at_once(1)
         self.received = True
 
 
@@ -143,24 +143,6 @@ def resolve_dtypes(training: Training, device: torch.device) -> tuple[torch.dtyp
     compute = (torch.bfloat16 if mixed else param) if training.mixed_precision_param == "auto" else DTYPES[training.mixed_precision_param]
     reduce = (torch.float32 if mixed else param) if training.mixed_precision_reduce == "auto" else DTYPES[training.mixed_precision_reduce]
     return param, compute, reduce
-
-
-@contextlib.contextmanager
-def step_timeout(comm: Comm, active: bool) -> Iterator[None]:
-    """A block, which is a training step, in which a collective that hangs is noticed after ``comm.train_timeout_seconds``.
-
-    Saving and validating, where one rank may work long while the others wait, and the first step keep ``init_timeout_seconds``.
-    """
-    if not (active and dist.is_initialized()):
-        yield
-        return
-    from torch.distributed.distributed_c10d import _set_pg_timeout
-
-    _set_pg_timeout(datetime.timedelta(seconds=comm.train_timeout_seconds), dist.group.WORLD)
-    try:
-        yield
-    finally:
-        _set_pg_timeout(datetime.timedelta(seconds=comm.init_timeout_seconds), dist.group.WORLD)
 
 
 def run_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
@@ -187,6 +169,11 @@ def run_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             print(f"error: layers cannot be compiled ({type(error).__name__}, above): set compile.enable = false", file=sys.stderr)
         return _leave_exit_code(1)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End the process from any thread, its exit code written where the launcher looks for it."""
+    leave(_leave_exit_code(code))
 
 
 def leave(code: int) -> NoReturn:

@@ -1,0 +1,198 @@
+"""What goes wrong in the midst of a run: numbers that are not finite, disks that are full, processes that hang; and saving while training goes on."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Run, free_port, write_chats, write_toml
+
+from tunelib.errors import SaveError
+
+SAVING = "[checkpoint]\nenable_checkpoint = true\ninterval = 2\n"
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    return write_toml(tmp_path / "tiny.toml", write_chats(tmp_path / "chats.jsonl", 120), SAVING)
+
+
+def run_faulty(fault: dict[str, Any], world_size: int, *words: str, timeout: int = 120) -> list[tuple[int, str]]:
+    """Exit code and output of each process of a run with a fault."""
+    group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, str(ROOT / "tests/integration/faulty_worker.py"), json.dumps(fault), *words]
+    environments = [os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    workers = [subprocess.Popen(program, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for own in environments]
+    try:
+        said = [worker.communicate(timeout=timeout)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    return [(worker.returncode, output) for worker, output in zip(workers, said, strict=True)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("what", ["gradient", "weight"])
+def test_numbers_that_are_not_finite_stop_the_run_by_default(tmp_path: Path, toml: Path, what: str, world_size: int) -> None:
+    words = [str(toml), "--job.dump_folder", str(tmp_path / "run"), "--training.steps", "6"]
+    for code, said in run_faulty({"what": what, "steps": [4], "rank": world_size - 1}, world_size, *words):
+        assert code == 1, said
+        assert "Traceback" not in said
+    run = Run(tmp_path / "run")
+    assert len(run.series("loss")) == 3
+    (row,) = [json.loads(line) for line in (run.folder / "nonfinite.jsonl").read_text().splitlines()]
+    assert row["step"] == 4
+    assert all("chats.jsonl" in document for document in row["documents"])
+    assert sorted(path.name for path in (run.folder / "checkpoint").iterdir()) == ["step-2"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_skipped_step_leaves_all_as_it_was(tmp_path: Path, toml: Path, world_size: int) -> None:
+    """The step after it sees the same weights and moments: its loss is that of a run whose data has no such step, and a resumed run goes on alike."""
+    words = [str(toml), "--training.steps", "6", "--training.on_nonfinite", "skip", "--checkpoint.interval", "1", "--job.dump_folder"]
+    for code, said in run_faulty({"what": "gradient", "steps": [4], "rank": world_size - 1}, world_size, *words, str(tmp_path / "run")):
+        assert code == 0, said
+    run = Run(tmp_path / "run")
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in run.rows() if "passed_over" in row] == [4]
+    before, after = (load_state(run.folder / f"checkpoint/step-{step}") for step in (3, 4))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items() if not name.startswith("rng."))
+    state = json.loads((run.folder / "checkpoint/step-6/state.json").read_text())
+    assert state["passed_over"] == [4]
+    # The same from the checkpoint before: what is passed over is part of the state.
+    for step in (5, 6):
+        (run.folder / f"checkpoint/step-{step}").rename(run.folder / f"checkpoint/other-{step}")
+    losses = run.series("loss")
+    for code, said in run_faulty({"what": "none", "steps": []}, world_size, *words, str(run.folder)):
+        assert code == 0, said
+    assert run.series("loss") == losses
+
+
+@pytest.mark.parametrize("what", ["weight", "moment"])
+def test_run_goes_back_to_the_newest_checkpoint(tmp_path: Path, toml: Path, what: str) -> None:
+    words = [str(toml), "--training.steps", "8", "--training.on_nonfinite", "rollback", "--job.dump_folder", str(tmp_path / "run")]
+    ((code, said),) = run_faulty({"what": what, "steps": [4]}, 1, *words)
+    assert code == 0, said
+    run = Run(tmp_path / "run")
+    at_fault = 4 if what == "weight" else 5  # a moment reaches the weights in its step, and the loss in the next
+    assert [row["step"] for row in run.rows()] == list(range(1, 9))
+    assert [row["step"] for row in run.rows() if "passed_over" in row] == [at_fault]
+    assert all(math.isfinite(loss) for loss in run.series("loss"))
+    assert all(torch.isfinite(weight).all() for weight in run.weights().values())
+
+
+def test_run_stops_when_too_many_steps_were_passed_over(tmp_path: Path, toml: Path) -> None:
+    words = [str(toml), "--training.steps", "9", "--training.on_nonfinite", "skip", "--training.max_nonfinite_steps", "2"]
+    ((code, said),) = run_faulty({"what": "gradient", "steps": [2, 4, 6]}, 1, *words, "--job.dump_folder", str(tmp_path / "run"))
+    assert code == 1
+    assert "step 6: loss" in said
+    assert "after 2 steps were passed over (training.max_nonfinite_steps)" in said
+
+
+def test_saving_in_the_background_saves_the_state_of_its_step(train: Callable[..., Run], toml: Path) -> None:
+    plain = train(toml, "--training.steps", "6", "--checkpoint.keep_latest_k", "0")
+    run = train(toml, "--training.steps", "6", "--checkpoint.keep_latest_k", "0", "--checkpoint.async_mode", "async")
+    for step in (2, 4, 6):
+        expected, found = (load_state(folder / f"checkpoint/step-{step}") for folder in (plain.folder, run.folder))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
+
+
+def test_two_processes_save_in_the_background_while_they_train(tmp_path: Path, toml: Path) -> None:
+    """The disk takes three seconds a save, and steps go on; two saves never overlap, and the last one is waited for."""
+    words = [str(toml), "--training.steps", "6", "--checkpoint.async_mode", "async", "--job.dump_folder", str(tmp_path / "run")]
+    for code, said in run_faulty({"what": "slow disk", "steps": []}, 2, *words):
+        assert code == 0, said
+    whole = [str(toml), "--training.steps", "6", "--job.dump_folder", str(tmp_path / "plain")]
+    run_faulty({"what": "none", "steps": []}, 2, *whole)
+    run, plain = Run(tmp_path / "run"), Run(tmp_path / "plain")
+    assert run.series("loss") == plain.series("loss")
+    for step in (2, 4, 6):
+        expected, found = (load_state(folder / f"checkpoint/step-{step}") for folder in (plain.folder, run.folder))
+        assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_saves_that_fail_are_told_and_borne_for_a_while(tmp_path: Path, toml: Path, mode: str) -> None:
+    words = [str(toml), "--training.steps", "8", "--checkpoint.async_mode", mode, "--job.dump_folder", str(tmp_path / "run")]
+    ((code, said),) = run_faulty({"what": "full disk", "steps": [4, 6]}, 1, *words)
+    assert code == 0, said
+    assert said.count("No space left on device") == 2
+    assert "NOT SAVED (2 in a row; checkpoint.max_failed_saves = 2)" in said
+    assert sorted(path.name for path in (tmp_path / "run/checkpoint").iterdir()) == ["step-2", "step-8"]
+    ((code, said),) = run_faulty({"what": "full disk", "steps": [2, 4, 6]}, 1, *words[:-1], str(tmp_path / "other"))
+    assert code == 1
+    assert not list((tmp_path / "other/checkpoint").iterdir())
+
+
+def test_space_is_looked_at_before_a_save(train: Callable[..., Run], toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1 << 19))
+    with pytest.raises(SaveError, match=r"step-6 cannot be written: it takes about \d MiB, and 0 MiB are free there"):
+        train(toml, "--training.steps", "6")
+
+
+def test_retention_counts_what_is_finite(tmp_path: Path, train: Callable[..., Run], toml: Path) -> None:
+    run = train(toml, "--training.steps", "12", "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_every_n", "6")
+    assert sorted(int(path.name[5:]) for path in (run.folder / "checkpoint").iterdir()) == [6, 10, 12]
+    validation = ["--validation.enable", "--validation.fraction", "0.1", "--validation.freq", "2", "--checkpoint.keep_best"]
+    best = train(toml, "--training.steps", "12", "--checkpoint.keep_latest_k", "1", "--optimizer.lr", "0.3", *validation)
+    losses = {row["step"]: row["validation_loss"] for row in best.rows() if "validation_loss" in row and row["step"]}
+    kept = sorted(int(path.name[5:]) for path in (best.folder / "checkpoint").iterdir())
+    assert kept == sorted({min(losses, key=losses.__getitem__), 12})
+
+
+def test_file_in_the_run_folder_asks_for_a_checkpoint(tmp_path: Path, toml: Path) -> None:
+    run = Run(tmp_path / "run")
+    words = [str(toml), "--training.steps", "100000", "--checkpoint.interval", "100000", "--job.dump_folder", str(run.folder)]
+    worker = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (run.folder / "metrics.jsonl").exists() and len(run.rows()) > 2)
+        (run.folder / "SAVE").touch()
+        wait_for(lambda: list((run.folder / "checkpoint").glob("step-*/manifest.json")) != [])
+        wait_for(lambda: not (run.folder / "SAVE").exists())
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(("what", "world_size"), [("stop", 2), ("sleep", 1)])
+def test_step_that_does_not_end_is_told_with_who_is_missing(tmp_path: Path, toml: Path, what: str, world_size: int) -> None:
+    words = [str(toml), "--training.steps", "50", "--comm.train_timeout_seconds", "4", "--job.dump_folder", str(tmp_path / "run")]
+    begun = time.monotonic()
+    ended = run_faulty({"what": what, "steps": [5], "rank": world_size - 1}, world_size, *words)
+    assert time.monotonic() - begun < 60
+    assert ended[0][0] == 124, ended[0][1]
+    assert "error: step 5 has not ended within 4 seconds" in ended[0][1]
+    summary = (tmp_path / "run/hang/summary.txt").read_text()
+    assert ("nothing is heard of rank 1" in summary) == (what == "stop")
+    assert "train_step" in (tmp_path / "run/hang/rank-0.txt").read_text()
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def load_state(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a step folder."""
+    from tunelib.checkpoint.dcp_reader import SafeReader, load_tensors
+
+    metadata = SafeReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
+    load_tensors(tensors, folder)
+    return tensors
