@@ -81,10 +81,14 @@ export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}
 if [ $help = yes ]; then
     WORLD_SIZE=$((NGPU * NNODES)) exec "$PYTHON" -m tunelib.config "$@"
 fi
-if ! said=$(WORLD_SIZE=$((NGPU * NNODES)) "$PYTHON" -m tunelib.config "$@" 2>&1 >/dev/null); then
+resolved=$(mktemp "${TMPDIR:-/tmp}/tunelib.XXXXXX")
+if ! said=$(WORLD_SIZE=$((NGPU * NNODES)) "$PYTHON" -m tunelib.config "$@" 2>&1 >"$resolved"); then
+    rm -f "$resolved"
     printf '%s\n' "$said" >&2 # notices of a good one are said by train.py
     exit 2
 fi
+grace=$(sed -n 's/^grace_seconds = \([0-9]*\)$/\1/p' "$resolved") # of [checkpoint]; nothing where nothing is saved
+rm -f "$resolved"
 
 if [ "$NGPU" -eq 1 ] && [ "$NNODES" -eq 1 ]; then
     exec "$PYTHON" "$REPO/train.py" "$@"
@@ -96,7 +100,7 @@ processors=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 threads=$((processors / NGPU))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export TUNELIB_EXIT_CODE_FILE=$folder/exit_code
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300} # seconds to save in; torchrun kills after 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-${grace:-300}} # seconds to save in; torchrun kills after 30
 # one variable for each spelling that torch has had: what torchrun passes on, SIGUSR1 being the warning of batch systems
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export PET_SIGNALS_TO_HANDLE=$TORCHELASTIC_SIGNALS_TO_HANDLE

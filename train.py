@@ -24,7 +24,7 @@ import torch
 from tunelib.adapters import add_adapters
 from tunelib.checkpoint.manager import CheckpointManager, Decision, check_base, check_identity
 from tunelib.checkpoint.state import PassedOver, RunState, model_tensors, optimizer_tensors, restore_rng, rng_tensors, tensors_to_load
-from tunelib.config import Config, check_own_config, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
+from tunelib.config import Config, check_own_config, describe_changes, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
 from tunelib.config.resolve import find_what_rules_out_compile
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
 from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words
@@ -32,14 +32,12 @@ from tunelib.data.stream import Ranks, StreamData
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import CheckpointError, NumbersError, Stopped, TunelibError
 from tunelib.files import replace_file
-from tunelib.formats.fingerprint import fingerprint_of
 from tunelib.formats.load import (
     check_weights,
     check_weights_path,
+    fill,
     find_tokenizer_folder,
     find_weights,
-    give_lengths_of_cut_rows,
-    give_weights,
     plan_export_of,
 )
 from tunelib.formats.peft import check_adapter, export_adapter, open_adapter, trained_shapes
@@ -164,11 +162,7 @@ def main(argv: list[str]) -> None:
         if decision.kind in ("seed", "finished"):
             manager.load(model_tensors(model), decision)
         elif decision.kind == "fresh" or config.lora.enable:
-            with agreed():
-                checksums = give_weights(model, weights, config.training.seed, adapter_tensors, runtime.compute_dtype)
-            if adapter is None:
-                give_lengths_of_cut_rows(model, runtime.compute_dtype)
-            base = fingerprint_of(checksums)
+            base = fill(model, weights, config.training.seed, adapter_tensors, runtime.compute_dtype)
             if decision.state is not None:
                 check_base(decision.state.base, base, f"the checkpoint {decision.folder}")
             elif adapter is not None and adapter.base:
@@ -214,6 +208,9 @@ def main(argv: list[str]) -> None:
             metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
             samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
             nonfinite = closing.enter_context(RowWriter(folder / NONFINITE_FILE, num_steps if resumed_step is not None else None, runtime.is_main))
+        since = decision.folder if resumed_step is not None and runtime.is_main else None
+        if since is not None and (changed := describe_changes(since / "config.toml", folder / "config.toml")):
+            console.say(f"changed since then: {changed}")
         origin_of_weights = weights.sentence if decision.kind == "fresh" or config.lora.enable else "weights from the checkpoint"
         num_parameters = sum(shape.numel() for shape in expected_shapes(model.config).values())
         for line in opening_lines(config, runtime, layout, compiled, trained, num_parameters, data_lines, num_steps, origin_of_weights, export.notes):
@@ -312,8 +309,7 @@ def main(argv: list[str]) -> None:
                 raise TunelibError(f"stopped after step {step} by a signal; nothing was saved: checkpoint.enable_checkpoint is false")
             if step == 0:
                 raise Stopped("stopped by a signal before the first step; the same command begins again")
-            manager.save(*state_of_run())
-            raise Stopped(f"stopped after step {step} by a signal, and saved; the same command goes on from there")
+            raise Stopped(f"stopped after step {step} by a signal, {manager.save_in_time(*state_of_run(), stop.seconds_since)}")
         console.end_steps()
 
         # Close: the last validation and samples, the last checkpoint, the export, one summary.

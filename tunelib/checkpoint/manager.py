@@ -75,6 +75,7 @@ class CheckpointManager:
         self._last_save_time = time.monotonic()
         self._num_failed = 0
         self._bytes = 0  # of the newest checkpoint
+        self._seconds = 0.0  # that it took
         self._background: Background | None = None
 
     # How the run begins
@@ -226,6 +227,17 @@ class CheckpointManager:
             self._background = Background(self.section.async_mode == "async_with_pinned_mem")
         self._background.start(tensors, lambda copies: self._write(copies, state, "full"))
 
+    def save_in_time(self, tensors: dict[str, Tensor], state: RunState, seconds_gone: float) -> str:
+        """`save`, if what is left of ``grace_seconds`` will do, as the saves before have shown; what was done, in words. Collective."""
+        self.wait()
+        seconds_left = self.section.grace_seconds - max(gather_objects(seconds_gone))
+        seconds_needed = max(gather_objects(self._seconds))
+        if seconds_needed > seconds_left and self._saved_step >= 0:
+            took = f"a save takes about {seconds_needed:.0f} s, and {max(0, seconds_left):.0f} s are left of checkpoint.grace_seconds"
+            return f"not saved, since {took}; the same command goes on from step {self._saved_step}"
+        self.save(tensors, state)
+        return "and saved; the same command goes on from there"
+
     def wait(self) -> None:
         """Wait for a save in the background; raises as `save_and_go_on` does. Collective."""
         if self._background is not None:
@@ -242,7 +254,7 @@ class CheckpointManager:
             self._say(f"NOT SAVED ({self._num_failed} in a row; checkpoint.max_failed_saves = {self.section.max_failed_saves}): {error}")
 
     def _write(self, tensors: dict[str, Tensor], state: RunState, kind: str) -> Path:
-        final = self._path(state.step)
+        final, begun = self._path(state.step), time.monotonic()
         on_main(lambda: self._check_space(final))
         is_finite = all(gather_objects(all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors.values() if tensor.is_floating_point())))
         staging = files.staging_of(final)
@@ -279,6 +291,7 @@ class CheckpointManager:
             self._say(f"step {state.step}: the checkpoint holds numbers that are not finite, and counts for nothing")
         self._saved_step = state.step
         self._last_save_time = time.monotonic()
+        self._seconds = self._last_save_time - begun
         return final
 
     def _check_space(self, final: Path) -> None:

@@ -1,6 +1,6 @@
 """The configuration: a TOML file and a command line become one frozen, checked ``Config``. Nothing here imports torch."""
 
-from tunelib.config.load import LoadedConfig, check_own_config, load_config, load_or_exit, read_written, resolved_toml
+from tunelib.config.load import LoadedConfig, check_own_config, describe_changes, load_config, load_or_exit, read_written, resolved_toml
 from tunelib.config.resolve import resolve_data_ranks, resolve_dump_folder, resolve_local_batch_size, resolve_shard_degree
 from tunelib.config.schema import Config
 from tunelib.config.settings import Origin
@@ -10,6 +10,7 @@ __all__ = [
     "LoadedConfig",
     "Origin",
     "check_own_config",
+    "describe_changes",
     "load_config",
     "load_or_exit",
     "read_written",

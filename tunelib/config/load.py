@@ -152,6 +152,16 @@ def read_written(path: Path) -> dict[str, object]:
     return {setting.key: setting.value for setting in read_files(str(path)).settings}
 
 
+def describe_changes(before: Path, after: Path) -> str:
+    """What one resolved TOML says otherwise than another, in a line; empty for nothing."""
+    then, now = read_written(before), read_written(after)
+
+    def show(written: dict[str, object], key: str) -> str:
+        return show_value(written[key]) if key in written else "unset"
+
+    return "; ".join(f"{key} {show(then, key)} → {show(now, key)}" for key in FIELDS if then.get(key) != now.get(key))
+
+
 def check_own_config(path: Path) -> None:
     """Make sure that the run's config.toml does not take the place of a file that somebody wrote; raises ConfigError."""
     if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(RESOLVED_HEADER):

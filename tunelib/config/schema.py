@@ -368,6 +368,9 @@ class Checkpoint:
     """What checkpoint.interval counts."""
     keep_latest_k: NonNegativeInt = 10
     """How many full checkpoints are kept, of those whose numbers are all finite; 0 keeps all. The newest good one is never deleted."""
+    grace_seconds: Count = 300
+    """How long a run has once a signal asks it to end: `run_train.sh` kills it then. Where a save has taken longer than what is left, the newest
+    checkpoint stays the last one."""
     keep_every_n: NonNegativeInt = 0
     """Besides, keep the checkpoints of every so many steps for good; 0: of none."""
     keep_best: bool = False

@@ -19,7 +19,7 @@ from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import FormatError
 from tunelib.files import has_manifest
 from tunelib.formats.export import plan_checkpoint
-from tunelib.formats.fingerprint import checksum_of
+from tunelib.formats.fingerprint import checksum_of, fingerprint_of
 from tunelib.formats.found import find_kind, says_what_model
 from tunelib.formats.live import gather, is_cut_by_columns
 from tunelib.formats.plan import Plan, Wish
@@ -28,7 +28,7 @@ from tunelib.formats.tensors import Region, TensorInfo, Where, bounds_of
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder, draw_weight
 from tunelib.model.families import hf_config, llama, parse_config
-from tunelib.parallel.reduce import local
+from tunelib.parallel.reduce import agreed, local
 from tunelib.quantize import dequantize, quantize
 
 RUN_CONFIG = "config.toml"
@@ -102,6 +102,15 @@ def check_weights(weights: Weights) -> None:
         return
     check_files(weights.stored)
     check_model(weights.stored)
+
+
+def fill(model: Decoder, weights: Weights, seed: int, adapter: Mapping[str, Region] | None, compute_dtype: torch.dtype) -> str:
+    """Fill every parameter of a spread model, as `give_weights` says; the fingerprint of those that are frozen. Collective."""
+    with agreed():
+        checksums = give_weights(model, weights, seed, adapter, compute_dtype)
+    if adapter is None:
+        give_lengths_of_cut_rows(model, compute_dtype)
+    return fingerprint_of(checksums)
 
 
 def give_weights(

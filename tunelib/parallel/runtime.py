@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -120,7 +121,12 @@ class StopSignal:
     """Whether somebody wants the run to end: Ctrl-C, or SIGTERM or SIGUSR1 from a scheduler. A second signal ends it at once."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received, self._when = False, 0.0
+
+    @property
+    def seconds_since(self) -> float:
+        """Since it was received; 0 where it was not, as on other machines."""
+        return time.monotonic() - self._when if self.received else 0.0
 
     def __enter__(self) -> "StopSignal":
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
@@ -133,7 +139,7 @@ class StopSignal:
     def _receive(self, number: int, _frame: object) -> None:
         if self.received:
             end_at_once(1)
-        self.received = True
+        self.received, self._when = True, time.monotonic()
 
 
 def resolve_dtypes(training: Training, device: torch.device) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
