@@ -56,7 +56,7 @@ from tunelib.parallel.compile import choose_compile
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.mesh import Layout, build_layout
 from tunelib.parallel.pipeline import Pipeline, plan_stages
-from tunelib.parallel.reduce import agree, agreed, any_rank, check_finite, check_same, clip_gradients, sum_over_ranks
+from tunelib.parallel.reduce import agree, agreed, any_rank, check_finite, check_same, clip_gradients, largest_of_ranks, sum_over_ranks
 from tunelib.parallel.runtime import DTYPES, Runtime, StopSignal, hold_folder, leave, run_main, start, step_timeout
 from tunelib.parallel.tensor import check_split
 from tunelib.schedule import lr_factor
@@ -178,13 +178,14 @@ def main(argv: list[str]) -> None:
         # Resume: weights, optimizer, random state; the data's place follows from the step.
         step, tokens_seen = (decision.state.step, decision.state.tokens_seen) if decision.state is not None else (0, 0)
         if decision.kind == "resume" and decision.state is not None:
-            same_layout = (decision.state.world_size, decision.state.device) == (runtime.world_size, runtime.device.type)
+            then = decision.state
+            same_layout = (then.world_size, then.device, then.degrees) == (runtime.world_size, runtime.device.type, dict(layout.degrees))
             tensors = tensors_to_load(model, optimizer, runtime.rank, runtime.device, same_layout)
             manager.load(tensors, decision)
             if same_layout:
                 restore_rng(tensors, runtime.rank, runtime.device)
             elif config.lora.dropout:
-                console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another number of processes")
+                console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another layout")
             if isinstance(train_data, StreamData) and decision.state.streams is not None:
                 with agreed():
                     train_data.restore(decision.state.streams[layout.data_rank])
@@ -220,7 +221,9 @@ def main(argv: list[str]) -> None:
         def save() -> Path | None:
             tensors = model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device)
             streams = layout.gather_shares(train_data.state()) if isinstance(train_data, StreamData) else None
-            return manager.save(tensors, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity, streams, base, compiled))
+            return manager.save(
+                tensors, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity, streams, base, compiled, dict(layout.degrees))
+            )
 
         if step == 0:
             validate()
@@ -243,7 +246,7 @@ def main(argv: list[str]) -> None:
                 console.say("\n".join(train_data.report))
             if step % config.metrics.log_freq == 0 or step == num_steps:
                 row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "epoch": work.epoch, "tokens": tokens_seen}
-                row |= summary.speed() | {"memory_gib": peak_memory_gib(runtime.device)}
+                row |= summary.speed() | {"memory_gib": largest_of_ranks(peak_memory_gib(runtime.device), runtime.device)}
                 metrics.write(row)
                 console.step(row)
             if config.validation.enable and step % config.validation.freq == 0:
@@ -280,7 +283,7 @@ def main(argv: list[str]) -> None:
             check = config.checkpoint.verify_export
             proof = export_model(export, model, folder / "export", runtime.is_main, tokenizer, check, sharded=layout.mesh is not None)
             export_line = describe_export(export, proof)
-        seconds, memory = time.monotonic() - started, peak_memory_gib(runtime.device)
+        seconds, memory = time.monotonic() - started, largest_of_ranks(peak_memory_gib(runtime.device), runtime.device)
         for line in summary.lines(step, tokens_seen, seconds, memory, folder, checkpoint, export_line, adapter_line):
             console.say(line)
 

@@ -49,6 +49,11 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "replicated": {"parallelism": {"data_parallel_replicate_degree": 2}},
         "split products": {"parallelism": {"tensor_parallel_degree": 2}},
         "cut rows": {"parallelism": {"context_parallel_degree": 2}},
+        # The tracker takes one micro-batch a step, and one backward pass.
+        "pipeline": {
+            "parallelism": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "GPipe"},
+            "training": {**BATCH, "local_batch_size": 4},
+        },
     },
 }
 
@@ -63,14 +68,17 @@ def plan_of(given: dict[str, Any], world_size: int) -> Plan:
 
 @pytest.mark.parametrize("world_size", CASES)
 def test_estimate_is_what_torch_tracks_in_a_step_that_is_taken(world_size: int) -> None:
-    """Within 10 per cent is what is promised; with the same torch both see the same tensors, so that we ask for 0.1 per cent."""
+    """Within 10 per cent is what is promised; with the same torch both see the same tensors, so that we ask for 0.1 per cent.
+
+    In a pipeline the tracker does not see what stages receive into, which is there from the first step on.
+    """
     plans = [{"model": MODEL, "training": BATCH, **given} for given in CASES[world_size].values()]
     outputs = run_ranks([str(ROOT / "tests/integration/track_memory.py"), json.dumps(plans)], world_size, timeout=200)
     of_ranks = [json.loads(output.splitlines()[-1]) for output in outputs]
     for number, name in enumerate(CASES[world_size]):
         worst = max((of_rank[number] for of_rank in of_ranks), key=lambda tracked: tracked["Total"])
         peak = estimate_memory(plan_of(plans[number], world_size)).peak
-        assert peak.total == pytest.approx(worst["Total"], rel=1e-3), name
+        assert peak.total == pytest.approx(worst["Total"], rel=0.1 if "pipeline" in name else 1e-3), name
         assert peak.optimizer == worst["Optstate"], name
 
 
@@ -96,11 +104,14 @@ class Calls:
         watch(module, "build_on_meta", lambda config, dtype: (config, dtype))
         watch(module, "check_split", lambda config, lora, degree: (config, lora, degree))
         watch(module, "add_adapters", lambda model, section: section)
-        watch(module, "spread_model", lambda model, section, recompute, layout, runtime: (section, recompute, runtime.compute_dtype))
+        watch(
+            module, "spread_model", lambda model, section, recompute, layout, runtime, stages, *_: (section, recompute, runtime.compute_dtype, stages)
+        )
         watch(module, "build_optimizer", lambda model, section: (section, [shape(parameter) for parameter in model.parameters()]))
         watch(module.Decoder, "forward", lambda model, tokens, positions, lengths: (shape(tokens), shape(positions), sum(lengths)))
         watch(torch.Tensor, "backward", lambda loss: shape(loss))
-        watch(module, "clip_gradients", lambda parameters, max_norm: max_norm)
+        watch(module, "plan_stages", lambda model, section, seq_len: (section, seq_len))
+        watch(module, "clip_gradients", lambda parameters, max_norm, pipeline: (max_norm, pipeline))
         watch(module, "sum_over_ranks", lambda value, group: (shape(value), value.dtype, group))
         watch(torch.optim.AdamW, "step", lambda optimizer: type(optimizer))
         watch(torch.optim.Optimizer, "zero_grad", lambda optimizer: type(optimizer))
@@ -125,7 +136,7 @@ def test_estimate_makes_the_calls_that_training_makes(tmp_path: Path, train: Cal
         of_estimate = Calls(patch, room).made
         estimate_memory(Plan(model, 1, "cpu", config.training, config.parallelism, config.lora, config.optimizer, config.activation_checkpoint))
     assert of_estimate == of_training
-    assert len(of_estimate) == (12 if config.lora.enable else 11)
+    assert len(of_estimate) == (13 if config.lora.enable else 12)
 
 
 def test_checkpoint_is_as_large_as_estimated(tmp_path: Path, train: Callable[..., Run]) -> None:

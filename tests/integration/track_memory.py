@@ -22,6 +22,7 @@ from tunelib.model.decoder import build_on_meta
 from tunelib.optimizer import build_optimizer
 from tunelib.parallel.apply import spread_model
 from tunelib.parallel.mesh import build_layout
+from tunelib.parallel.pipeline import plan_stages
 from tunelib.parallel.runtime import Runtime, leave, resolve_dtypes, run_main, start
 
 
@@ -43,18 +44,19 @@ def track(given: dict[str, Any], runtime: Runtime) -> dict[str, int]:
     model = build_on_meta(weights.config, runtime.param_dtype)
     if lora.enable:
         add_adapters(model, lora)
-    spread_model(model, section, ActivationCheckpoint(**given.get("activation_checkpoint", {})), layout, runtime)
+    stages = plan_stages(model, section, training.seq_len)
+    spread_model(model, section, ActivationCheckpoint(**given.get("activation_checkpoint", {})), layout, runtime, stages)
     give_weights(model, weights, seed=0)
     give_lengths_of_cut_rows(model, runtime.compute_dtype)
     optimizer = build_optimizer(model, Optimizer(**given.get("optimizer", {})))
     ranks = resolve_data_ranks(section, runtime.world_size)
-    rows, width = resolve_local_batch_size(training, ranks), training.seq_len
+    rows, width = resolve_local_batch_size(training, section, runtime.world_size), training.seq_len
     tokens = torch.arange(width).expand(rows, width).contiguous()
     batch = Batch(tokens, tokens.clone(), tokens.clone(), (width,) * rows)
     num_tokens = training.global_batch_size * width
-    work = Step(1, [batch], num_tokens, num_tokens, 0.0)
+    work = Step(1, [batch] * (training.global_batch_size // (ranks * rows) if stages else 1), num_tokens, num_tokens, 0.0)
     train.train_step(model, optimizer, work, 1e-3, 1.0, runtime, layout)  # the first makes the optimizer's state
-    if training.global_batch_size > ranks * rows:  # a later micro-batch meets the gradients of the first
+    if training.global_batch_size > ranks * rows and not stages:  # a later micro-batch meets the gradients of the first
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     tracker = Tracker()

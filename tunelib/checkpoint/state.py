@@ -5,7 +5,7 @@ Model tensors lie flat at the top under their Hugging Face names. ``optimizer.<p
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class RunState:
         identity: what must be the same for a run to go on: name → digest or value.
         base: fingerprint of the frozen weights, which are not saved; empty where all are trained.
         compiled: whether layers were compiled.
+        degrees: of the layout that wrote it, by name.
         streams: where each data rank's stream stands, by rank; None for data whose place follows from the step.
     """
 
@@ -40,6 +41,7 @@ class RunState:
     streams: list[Any] | None = None
     base: str = ""
     compiled: bool = False
+    degrees: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """For state.json."""

@@ -19,12 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining._utils import InferenceMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunelib.adapters import add_adapters
+from tunelib.batch import Batch
 from tunelib.config import resolve_data_ranks, resolve_local_batch_size
 from tunelib.config.schema import ActivationCheckpoint, Lora, Optimizer, Parallelism, Training
 from tunelib.model.config import ModelConfig
@@ -32,6 +34,7 @@ from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.optimizer import build_optimizer, prepare_state
 from tunelib.parallel.apply import spread_model
 from tunelib.parallel.mesh import Layout, build_layout
+from tunelib.parallel.pipeline import Pipeline, parts_of, plan_stages
 from tunelib.parallel.reduce import clip_gradients, local, sum_over_ranks
 from tunelib.parallel.runtime import Runtime, resolve_dtypes
 from tunelib.parallel.tensor import check_split
@@ -63,7 +66,7 @@ class Plan:
     @property
     def rows(self) -> int:
         """Of a micro-batch."""
-        return resolve_local_batch_size(self.training, self.num_data_ranks)
+        return resolve_local_batch_size(self.training, self.parallelism, self.world_size)
 
     @property
     def micro_batches(self) -> int:
@@ -128,44 +131,58 @@ def estimate_memory(plan: Plan) -> Estimate:
     Raises:
         ConfigError: the model does not divide, or its layers have not what adapters ask for.
     """
-    return max((_estimate_rank(plan, rank) for rank in ranks_to_look_at(plan)), key=lambda estimate: estimate.peak.total)
+    estimates = [_estimate_rank(plan, rank) for rank in ranks_to_look_at(plan)]
+    return max(estimates, key=lambda estimate: estimate.peak.total)
 
 
 def ranks_to_look_at(plan: Plan) -> list[int]:
-    """Ranks of which one needs most: the first has the largest shards and parts; where rows are cut, the last part's masks are the largest."""
-    parts = plan.parallelism.context_parallel_degree
-    return [0] if parts == 1 else [0, (parts - 1) * plan.parallelism.tensor_parallel_degree]
+    """Ranks of which one needs most: of each stage of a pipeline the first, which has the largest shards and parts; and where rows are cut, one with
+    the last part, whose masks are the largest."""
+    section = plan.parallelism
+    parts = section.context_parallel_degree
+    firsts = [stage * plan.world_size // section.pipeline_parallel_degree for stage in range(section.pipeline_parallel_degree)]
+    return [first + part * section.tensor_parallel_degree for first in firsts for part in dict.fromkeys((0, parts - 1))]
 
 
 def _estimate_rank(plan: Plan, rank: int) -> Estimate:
     """Set up as train.py does, and take the step."""
-    runtime = Runtime(rank, plan.world_size, torch.device("cpu"), *resolve_dtypes(plan.training, torch.device(plan.device)))
+    offloaded = plan.training.enable_cpu_offload
+    runtime = Runtime(rank, plan.world_size, torch.device("cpu"), *resolve_dtypes(plan.training, torch.device(plan.device)), offloaded)
     with _nobody_else(runtime):
         layout = build_layout(plan.parallelism, runtime)
         model = build_on_meta(plan.model, runtime.param_dtype)
         check_split(plan.model, plan.lora, plan.parallelism.tensor_parallel_degree)
         if plan.lora.enable:
             add_adapters(model, plan.lora)
-        spread_model(model, plan.parallelism, plan.activation_checkpoint, layout, replace(runtime, device=torch.device("meta")))
+        stages = plan_stages(model, plan.parallelism, plan.training.seq_len)
+        numbers = sum(_count_weights(parameter) for parameter in model.parameters())
+        num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        on_meta = replace(runtime, device=torch.device("meta"), offloaded=False)
+        spread_model(model, plan.parallelism, plan.activation_checkpoint, layout, on_meta, stages)
         with _Paper(allow_non_fake_inputs=True) as paper:
-            model.to_empty(device=runtime.device)  # as spread_model would, but without storage; the mesh it needs is made of numbers
+            for part in parts_of(model):  # as spread_model would, but without storage; the mesh it needs is made of numbers
+                part.to_empty(device=runtime.device)
             model.tie_weights()
+            if isinstance(model.pipeline, Pipeline):
+                model.pipeline.device = runtime.device
             optimizer = build_optimizer(model, plan.optimizer)
             prepare_state(optimizer)
             ledger = _Ledger(paper)
-            ledger.enter("parameters", model.parameters())
+            if not offloaded:
+                ledger.enter("parameters", model.parameters())
             state = [value for of_parameter in optimizer.state.values() for value in of_parameter.values()]
-            ledger.enter("optimizer", state)
+            if not offloaded:
+                ledger.enter("optimizer", state)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            if plan.micro_batches > 1:  # a later one meets the gradients of the first
+            if plan.micro_batches > 1 and not stages:  # a later one meets the gradients of the first
                 for parameter in trained:
                     parameter.grad = torch.empty_like(parameter)
-                    ledger.enter("gradients", [parameter.grad])
+                    if not offloaded:
+                        ledger.enter("gradients", [parameter.grad])
             take_step(model, optimizer, plan, layout, ledger)
         peak, moment = ledger.peak()
-        saved = sum(tensor.numel() * tensor.element_size() for tensor in [*trained, *state])
-        numbers = sum(_count_weights(parameter) for parameter in model.parameters())
-        return Estimate(plan, layout.sentence, rank, peak, moment, numbers, sum(parameter.numel() for parameter in trained), saved)
+        of_trained = sum(tensor.numel() * tensor.element_size() for tensor in [*trained, *state]) / sum(parameter.numel() for parameter in trained)
+        return Estimate(plan, layout.sentence, rank, peak, moment, numbers, num_trained, round(of_trained * num_trained))
 
 
 def take_step(model: Decoder, optimizer: torch.optim.Optimizer, plan: Plan, layout: Layout, ledger: "_Ledger") -> None:
@@ -173,17 +190,37 @@ def take_step(model: Decoder, optimizer: torch.optim.Optimizer, plan: Plan, layo
     rows, width = plan.rows, plan.training.seq_len
     with ledger, ledger.watch(model):
         total = torch.zeros((), dtype=torch.float64)
-        tokens, positions, labels = torch.zeros(3, rows, width, dtype=torch.int64).unbind()  # (B, S)
-        summed = model(tokens, positions, (width,) * rows, labels=labels)
-        ledger.moment = "backward pass"
-        (summed / (plan.training.global_batch_size * width)).backward()
-        total += summed.detach()
+        num_trained = plan.training.global_batch_size * width
+        if isinstance(model.pipeline, Pipeline):
+            ledger.moment = "forward and backward passes"
+            tokens, labels, positions = torch.zeros(3, rows, width, dtype=torch.int64).unbind()
+            empty = Batch(tokens, labels, positions, (width,) * rows)
+            batches = [empty] * plan.micro_batches
+            model.pipeline.make_schedule((plan.micro_batches, rows, width))
+            with _no_votes(model.pipeline):
+                total += model.pipeline.train(batches, num_trained)
+        else:
+            tokens, positions, labels = torch.zeros(3, rows, width, dtype=torch.int64).unbind()  # (B, S)
+            summed = model(tokens, positions, (width,) * rows, labels=labels)
+            ledger.moment = "backward pass"
+            (summed / num_trained).backward()
+            total += summed.detach()
         ledger.rename("gradients", [parameter.grad for parameter in model.parameters() if parameter.grad is not None])
         ledger.moment = "optimizer's step"
-        clip_gradients(model.parameters(), plan.training.max_norm)
+        clip_gradients(model.parameters(), plan.training.max_norm, layout.pipeline)
         sum_over_ranks(total, layout.sums)
         optimizer.step()
         optimizer.zero_grad()
+
+
+@contextlib.contextmanager
+def _no_votes(pipeline: Pipeline) -> Iterator[None]:
+    """A schedule whose stages do not ask each other, before the first step, whether all know what they will be sent: they do."""
+    stages = [pipeline.schedule._stage] if hasattr(pipeline.schedule, "_stage") else pipeline.schedule._stages
+    for stage in stages:
+        stage._inference_mode = InferenceMode.STATIC
+    pipeline.schedule._warmup_p2p = lambda *_: None
+    yield
 
 
 def _count_weights(parameter: Tensor) -> int:
@@ -290,7 +327,8 @@ class _Ledger(TorchDispatchMode):
             self.rename("gathered", module.parameters())
 
         handles = [module.register_forward_pre_hook(compute) for module in model.modules() if module._parameters]
-        handles.append(model.lm_head.register_forward_pre_hook(arrive))
+        if model.is_last:
+            handles.append(model.lm_head.register_forward_pre_hook(arrive))
         try:
             yield
         finally:

@@ -100,7 +100,33 @@ def test_device_decides_data_types() -> None:
 
 def test_ranks_that_may_need_most_are_looked_at() -> None:
     assert ranks_to_look_at(Plan(MODEL, 8, "cpu", TRAINING)) == [0]
+    assert ranks_to_look_at(Plan(MODEL, 8, "cpu", TRAINING, Parallelism(pipeline_parallel_degree=2, context_parallel_degree=2))) == [0, 1, 4, 5]
     assert ranks_to_look_at(Plan(MODEL, 8, "cpu", TRAINING, Parallelism(context_parallel_degree=2, tensor_parallel_degree=4))) == [0, 4]
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "GPipe", "Interleaved1F1B", "ZBVZeroBubble"])
+def test_stages_have_their_own_parameters_and_all_of_them_are_saved(schedule: str) -> None:
+    deep = replace(MODEL, num_hidden_layers=8)
+    section = Parallelism(pipeline_parallel_degree=2, pipeline_parallel_schedule=schedule)  # type: ignore[arg-type]
+    estimate, whole = estimate_memory(Plan(deep, 2, "cpu", TRAINING, section)), estimate_memory(Plan(deep, 1, "cpu", TRAINING))
+    assert 0.4 < estimate.peak.parameters / whole.peak.parameters < 0.6
+    assert (estimate.parameters, estimate.trained) == (whole.parameters, whole.trained)
+    assert estimate.checkpoint_bytes == pytest.approx(whole.checkpoint_bytes, rel=1e-3)
+
+
+def test_stages_of_gpipe_keep_more_micro_batches_than_those_of_1f1b() -> None:
+    deep = replace(MODEL, num_hidden_layers=8)
+    kept = [
+        estimate_memory(Plan(deep, 2, "cpu", TRAINING, Parallelism(pipeline_parallel_degree=2, pipeline_parallel_schedule=schedule))).peak.total
+        for schedule in ("1F1B", "GPipe")
+    ]
+    assert kept[0] < kept[1]
+
+
+def test_offloaded_state_takes_no_memory_of_the_gpu() -> None:
+    offloaded = estimate_memory(Plan(MODEL, 2, "cuda", replace(TRAINING, enable_cpu_offload=True))).peak
+    assert (offloaded.parameters, offloaded.optimizer) == (0, 0)
+    assert offloaded.gathered > 0
 
 
 def test_nothing_stays_behind() -> None:
