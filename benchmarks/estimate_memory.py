@@ -175,7 +175,7 @@ def show_measured(names: list[str]) -> None:
     from tunelib.formats.load import find_weights
     from tunelib.parallel.estimate import Plan, estimate_memory
 
-    print("| run | state GB | estimate GB | tracked GB | estimate / tracked | RSS GB | estimate / RSS |\n|---|---:|---:|---:|---:|---:|---:|")
+    print("| run | state GB | estimate GB | tracked GB | estimate / tracked | resident GB | RSS GB | resident / RSS |\n|---|" + "---:|" * 7)
     with tempfile.TemporaryDirectory() as folder:
         toml = Path(folder) / "run.toml"
         toml.write_text(CONFIG)
@@ -194,7 +194,8 @@ def show_measured(names: list[str]) -> None:
             resident = max(run_ranks(run, world_size))
             state = peak.parameters + peak.optimizer + 4 * estimate.trained // world_size
             sizes = f"{state / 1e9:.2f} | {peak.total / 1e9:.2f} | {tracked / 1e9:.2f} | {peak.total / tracked:.3f}"
-            print(f"| {name} | {sizes} | {resident / 1e9:.2f} | {peak.total / resident:.2f} |", flush=True)
+            expected = estimate.resident_bytes
+            print(f"| {name} | {sizes} | {expected / 1e9:.2f} | {resident / 1e9:.2f} | {expected / resident:.2f} |", flush=True)
 
 
 def show_published() -> None:

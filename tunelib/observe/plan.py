@@ -26,6 +26,7 @@ def plan_lines(config: Config, estimate: Estimate) -> list[str]:
         f"run         {steps}; {tokens:,} tokens a step: {batches}",
         f"peak        {estimate.peak.total / GIB:.2f} GiB on rank {estimate.rank}, in the {estimate.moment}",
         *(f"            {size / GIB:8.2f} {name}" for name, size in estimate.peak.parts().items()),
+        *([f"resident    about {estimate.resident_bytes / GIB:.2f} GiB, with the gaps of the heap"] if plan.device == "cpu" else []),
         f"checkpoint  {describe_checkpoints(config, estimate.checkpoint_bytes)}",
     ]
 
