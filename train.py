@@ -55,7 +55,7 @@ from tunelib.parallel.compile import choose_compile
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.mesh import Layout, build_layout
 from tunelib.parallel.pipeline import Pipeline, plan_stages
-from tunelib.parallel.reduce import agree, agreed, any_rank, check_same, clip_gradients, sum_over_ranks
+from tunelib.parallel.reduce import agree, agreed, any_rank, check_same, clip_gradients, largest_of_ranks, sum_over_ranks
 from tunelib.parallel.runtime import DTYPES, Runtime, StopSignal, hold_folder, leave, run_main, start
 from tunelib.parallel.tensor import check_split
 from tunelib.parallel.watchdog import Watchdog
@@ -143,9 +143,8 @@ def main(argv: list[str]) -> None:
                 raise CheckpointError(
                     f"{decision.folder} holds whole weights: adapters start from it with --checkpoint.initial_load_path, in another folder"
                 )
-            compiled_before = decision.state.compiled if decision.state is not None and decision.kind == "resume" else None
-            is_ruled_out = find_what_rules_out_compile(config)[0] != ""
-            compiled = choose_compile(config.compile.enable, is_ruled_out, runtime.device, compiled_before)
+            compiled_before = decision.resumed.compiled if decision.resumed is not None else None
+            compiled = choose_compile(config.compile.enable, find_what_rules_out_compile(config)[0] != "", runtime.device, compiled_before)
             if decision.state is not None:
                 check_identity(decision.state.identity, origin if decision.kind == "seed" else identity)
             elif config.lora.adapter_path:
@@ -184,19 +183,19 @@ def main(argv: list[str]) -> None:
         validation_loss = decision.state.validation_loss if decision.state is not None else None
 
         def resume_from(decision: Decision, state: RunState) -> None:
-            same_layout = (state.world_size, state.device) == (runtime.world_size, runtime.device.type)
+            same_layout = (state.world_size, state.device, state.degrees) == (runtime.world_size, runtime.device.type, dict(layout.degrees))
             tensors = tensors_to_load(model, optimizer, runtime.rank, runtime.device, same_layout)
             manager.load(tensors, decision)
             if same_layout:
                 restore_rng(tensors, runtime.rank, runtime.device)
             elif config.lora.dropout:
-                console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another number of processes")
+                console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another layout")
             if isinstance(train_data, StreamData) and state.streams is not None:
                 with agreed():
                     train_data.restore(state.streams[layout.data_rank])
 
-        if decision.kind == "resume" and decision.state is not None:
-            resume_from(decision, decision.state)
+        if decision.resumed is not None:
+            resume_from(decision, decision.resumed)
         if step >= num_steps:
             console.say(f"this run is finished at step {step}; extend it with more --training.steps or --training.epochs (now {num_steps} steps)")
 
@@ -236,8 +235,8 @@ def main(argv: list[str]) -> None:
         def state_of_run() -> tuple[dict[str, torch.Tensor], RunState]:
             tensors = model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device)
             streams = layout.gather_shares(train_data.state()) if isinstance(train_data, StreamData) else None
-            facts = (runtime.world_size, runtime.device.type, identity, streams, base, compiled, passed_over.steps, validation_loss)
-            return tensors, RunState(step, tokens_seen, *facts)
+            where = (runtime.world_size, runtime.device.type, identity, streams, base, compiled, dict(layout.degrees))
+            return tensors, RunState(step, tokens_seen, *where, list(passed_over.steps), validation_loss)
 
         def pass_over(loss: float, grad_norm: float) -> None:
             """A step whose numbers are not finite: stop, or remember it, and go back where that is asked for."""
@@ -248,10 +247,10 @@ def main(argv: list[str]) -> None:
             if config.training.on_nonfinite == "rollback":
                 manager.wait()
                 back = manager.decide(num_steps)
-                if back.kind != "resume" or back.state is None:
+                if back.resumed is None:
                     raise NumbersError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, and there is no checkpoint to go back to")
-                resume_from(back, back.state)
-                step, tokens_seen = back.state.step, back.state.tokens_seen
+                resume_from(back, back.resumed)
+                step, tokens_seen = back.resumed.step, back.resumed.tokens_seen
                 for rows in (metrics, samples):
                     rows.cut(step)
                 console.say(f"gone back to step {step}")
@@ -293,8 +292,8 @@ def main(argv: list[str]) -> None:
             if isinstance(train_data, StreamData) and step in (first_step, num_steps):
                 console.say("\n".join(train_data.report))
             if step not in passed_over.steps and (step % config.metrics.log_freq == 0 or step == num_steps):
-                row |= {"loss": loss, "grad_norm": grad_norm, "tokens": tokens_seen, "memory_gib": peak_memory_gib(runtime.device)}
-                row |= summary.speed()
+                row |= {"loss": loss, "grad_norm": grad_norm, "tokens": tokens_seen} | summary.speed()
+                row["memory_gib"] = largest_of_ranks(peak_memory_gib(runtime.device), runtime.device)
                 metrics.write(row)
                 console.step(row)
             if config.validation.enable and step % config.validation.freq == 0:
@@ -333,7 +332,7 @@ def main(argv: list[str]) -> None:
             check = config.checkpoint.verify_export
             proof = export_model(export, model, folder / "export", runtime.is_main, tokenizer, check, sharded=layout.mesh is not None)
             export_line = describe_export(export, proof)
-        seconds, memory = time.monotonic() - started, peak_memory_gib(runtime.device)
+        seconds, memory = time.monotonic() - started, largest_of_ranks(peak_memory_gib(runtime.device), runtime.device)
         for line in summary.lines(step, tokens_seen, seconds, memory, folder, checkpoint, export_line, adapter_line):
             console.say(line)
 

@@ -788,7 +788,7 @@ def _(lab: Lab) -> None:
         patch.setattr("tunelib.parallel.compile._find_missing", lambda device: "")
         assert choose_compile(True, False, cpu, None) is True
         assert (choose_compile(None, False, cuda, None), choose_compile(None, True, cuda, None)) == (True, False)
-        assert choose_compile(None, False, cpu, True) is True
+        assert (choose_compile(None, False, cpu, True), choose_compile(None, True, cpu, True)) == (True, False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
         with pytest.raises(ConfigError, match=r"compile\.enable = true: torch\.compile needs a C\+\+ compiler such as g\+\+, and finds none"):

@@ -55,6 +55,11 @@ class Decision:
     state: RunState | None = None
     supersede: tuple[int, ...] = ()
 
+    @property
+    def resumed(self) -> RunState | None:
+        """The run that is gone on with; None for one that begins, or has ended."""
+        return self.state if self.kind == "resume" else None
+
 
 class CheckpointManager:
     """Reads and writes the step folders of one run.

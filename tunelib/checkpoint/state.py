@@ -30,6 +30,7 @@ class RunState:
         identity: what must be the same for a run to go on: name → digest or value.
         base: fingerprint of the frozen weights, which are not saved; empty where all are trained.
         compiled: whether layers were compiled.
+        degrees: of the layout that wrote it, by name.
         passed_over: steps that were taken without an update, because their numbers were not finite.
         validation_loss: the newest; None before the first.
         streams: where each data rank's stream stands, by rank; None for data whose place follows from the step.
@@ -43,6 +44,7 @@ class RunState:
     streams: list[Any] | None = None
     base: str = ""
     compiled: bool = False
+    degrees: dict[str, int] = field(default_factory=dict)
     passed_over: list[int] = field(default_factory=list)
     validation_loss: float | None = None
 

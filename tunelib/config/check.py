@@ -226,12 +226,13 @@ def find_schedule_fault(checked: Checked) -> Iterator[str]:
     ways = [f"training.local_batch_size = {size}" for size in fitting[:1]]
     more = next(count for count in itertools.count(share // local) if has_order(schedule, degree, count))
     ways.append(f"training.global_batch_size = {more * local * ranks}")
-    ways.append('parallelism.pipeline_parallel_schedule = "GPipe"')
+    if schedule in ONE_STAGE_EACH or not parallelism.pipeline_parallel_split_points:
+        ways.append('parallelism.pipeline_parallel_schedule = "GPipe"')
     place = checked.first_at("parallelism.pipeline_parallel_schedule", "parallelism.pipeline_parallel_degree")
     made = (
         f"{share // local} micro-batch{'es' if share // local > 1 else ''} (global_batch_size {config.training.global_batch_size} / {ranks * local})"
     )
-    yield f"{place}: {schedule} over {degree} processes cannot order {made}; set {', '.join(ways[:-1])} or {ways[-1]}"
+    yield f"{place}: {schedule} over {degree} processes cannot order {made}; set {' or '.join(ways)}"
 
 
 def has_order(schedule: str, degree: int, count: int) -> bool:

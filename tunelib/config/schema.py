@@ -323,7 +323,7 @@ class Parallelism:
     pipeline_parallel_schedule: Literal["1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"] = (
         "1F1B"
     )
-    """Order in which micro-batches pass through the stages, by torch's name. With "1F1B" and "GPipe" a process has one stage, else two."""
+    """Order in which micro-batches pass through the stages, by torch's name. With "1F1B" and "GPipe" a process has one stage, else two or more."""
     pipeline_parallel_split_points: tuple[str, ...] = ()
     """First layer of each stage but the first, such as "layers.8". Empty: balanced by the work of each layer and of the head."""
     context_parallel_degree: Count = 1

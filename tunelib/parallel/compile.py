@@ -18,7 +18,7 @@ from tunelib.model.decoder import Decoder, DecoderLayer
 
 
 def choose_compile(told: bool | None, is_ruled_out: bool, device: torch.device, compiled_before: bool | None) -> bool:
-    """Whether layers are compiled: as told, or as the run did before, or else on CUDA where nothing rules it out.
+    """Whether layers are compiled: as told; or as the run did before, or else on CUDA, unless something rules it out.
 
     Args:
         told: compile.enable.
@@ -29,7 +29,7 @@ def choose_compile(told: bool | None, is_ruled_out: bool, device: torch.device, 
     """
     why = "compile.enable = true"
     if told is None:
-        told = compiled_before if compiled_before is not None else device.type == "cuda" and not is_ruled_out
+        told = (compiled_before if compiled_before is not None else device.type == "cuda") and not is_ruled_out
         why = "the run that is resumed was compiled" if compiled_before else 'compile.enable = "auto"'
     if told and (missing := _find_missing(device)):
         raise ConfigError(f"{why}: {missing}; install it, or set compile.enable = false")

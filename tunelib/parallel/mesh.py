@@ -46,7 +46,7 @@ class Layout:
     @property
     def sentence(self) -> str:
         """The arrangement in a few words."""
-        return ", ".join(f"{name} {degree}" for name, degree in self.degrees if degree > 1) if self.mesh is not None else "not sharded"
+        return ", ".join(f"{name} {degree}" for name, degree in self.degrees if degree > 1) or "not sharded"
 
 
 def build_layout(section: Parallelism, runtime: Runtime) -> Layout:

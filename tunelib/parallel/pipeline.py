@@ -43,14 +43,17 @@ def plan_stages(model: Decoder, section: Parallelism, seq_len: int) -> tuple[ran
     if model.config.tie_word_embeddings:
         raise ConfigError(f"{key}: the head of this model is its embedding, which would lie on the first and on the last process; set it to 1")
     count, num_layers = resolve_num_stages(section), model.config.num_hidden_layers
-    if count > num_layers:
-        degree = num_layers // (count // section.pipeline_parallel_degree)
-        nearest = f"the nearest below that works is {degree}" if degree else 'or set parallelism.pipeline_parallel_schedule = "1F1B"'
-        raise ConfigError(f"{key} makes {count} stages with {section.pipeline_parallel_schedule}, but the model has {num_layers} layers; {nearest}")
     begins = [int(point.rpartition(".")[2]) for point in section.pipeline_parallel_split_points]
     if begins and begins[-1] >= num_layers:
         last = f"layers.{num_layers - 1}"
         raise ConfigError(f"parallelism.pipeline_parallel_split_points: there is no layers.{begins[-1]}; the last layer is {last}")
+    if count > num_layers:
+        each, schedule = count // section.pipeline_parallel_degree, section.pipeline_parallel_schedule
+        has = f"the model has {num_layers} layer{'s' if num_layers > 1 else ''}"
+        ways = [f"the nearest below that works is {num_layers // each}"] if num_layers >= 2 * each else []
+        ways += ['set parallelism.pipeline_parallel_schedule = "1F1B"'] if each > 1 and section.pipeline_parallel_degree <= num_layers else []
+        ways = ways or ["shard it with parallelism.data_parallel_shard_degree instead"]
+        raise ConfigError(f"{key} makes {count} stages with {schedule}, but {has}; {', or '.join(ways)}")
     begins = begins or balance(count_work(model, seq_len), count)
     return tuple(itertools.starmap(range, itertools.pairwise([0, *begins, num_layers])))
 
@@ -91,13 +94,15 @@ class Pipeline:
         parts: stage → its layers as a model, whose modules are those of ``model``.
         homes: by stage, the process that has it.
         owners: parameter → the process that has it.
+        device: where it computes.
+        schedule: torch's, for the shape of the newest step; None before the first.
     """
 
     def __init__(self, model: Decoder, stages: tuple[range, ...], section: Parallelism, layout: Layout, runtime: Runtime):
         assert layout.pipeline is not None
         self.group, self.rank, size = layout.pipeline.get_group(), layout.pipeline.get_local_rank(), layout.pipeline.size()
         self._schedule_class = get_schedule_class(section.pipeline_parallel_schedule)
-        self._device, self._dtype, self._hidden_size = runtime.device, runtime.compute_dtype, model.config.hidden_size
+        self.device, self._dtype, self._hidden_size = runtime.device, runtime.compute_dtype, model.config.hidden_size
         self._cuts = [axis.size() if axis is not None else 1 for axis in (layout.context, layout.tensor)]
         both_ends = section.pipeline_parallel_schedule in BOTH_ENDS
         self.homes = [2 * size - 1 - number if both_ends and number >= size else number % size for number in range(len(stages))]
@@ -106,7 +111,7 @@ class Pipeline:
         self.parts = {number: part for number, part in enumerate(parts) if self.homes[number] == self.rank}
         model.keep([layer for number in self.parts for layer in stages[number]])
         self._coming: dict[int, Iterator[MicroBatch]] = {}
-        self._schedule: Any = None
+        self.schedule: Any = None
         self._shape = (0, 0, 0)
         self._num_trained, self._total = 1, torch.zeros(())
 
@@ -122,12 +127,12 @@ class Pipeline:
             num_trained: what the loss is divided by before it goes back.
         """
         width = max(batch.tokens.shape[1] for batch in batches)
-        batches = [batch.widened(width).to(self._device) for batch in batches]
-        self._make_schedule((len(batches), *batches[0].tokens.shape))
+        batches = [batch.widened(width).to(self.device) for batch in batches]
+        self.make_schedule((len(batches), *batches[0].tokens.shape))
         self._give((batch.positions, batch.document_lengths, batch.labels) for batch in batches)
-        self._num_trained, self._total = num_trained, torch.zeros((), dtype=torch.float64, device=self._device)
+        self._num_trained, self._total = num_trained, torch.zeros((), dtype=torch.float64, device=self.device)
         tokens = [torch.cat([batch.tokens for batch in batches])] if 0 in self.parts else []
-        self._schedule.step(*tokens, target=torch.empty(len(batches)), return_outputs=False)
+        self.schedule.step(*tokens, target=torch.empty(len(batches)), return_outputs=False)
         return self._total
 
     def __call__(self, tokens: Tensor, positions: Tensor, document_lengths: tuple[int, ...], labels: Tensor | None = None) -> Tensor:
@@ -142,14 +147,15 @@ class Pipeline:
                 self._send(passed, self.homes[number + 1])
         if labels is None:
             return self.broadcast(passed if last in self.parts else None, self.homes[last])
-        return passed if last in self.parts else torch.zeros((), device=self._device)
+        return passed if last in self.parts else torch.zeros((), device=self.device)
 
     def broadcast(self, tensor: Tensor | None, home: int) -> Tensor:
         """A tensor of one process of the pipeline, on all of them."""
-        header: list[Any] = [(tensor.shape, tensor.dtype) if tensor is not None else None]
+        header: list[Any] = [(tensor.shape, tensor.dtype, tensor.device.type) if tensor is not None else None]
         dist.broadcast_object_list(header, group=self.group, group_src=home)
-        shape, dtype = header[0]
-        whole = tensor.contiguous() if tensor is not None else torch.empty(shape, dtype=dtype, device=self._device)
+        shape, dtype, kind = header[0]
+        device = self.device if kind == self.device.type else torch.device(kind)  # offloaded weights lie elsewhere
+        whole = tensor.contiguous() if tensor is not None else torch.empty(shape, dtype=dtype, device=device)
         dist.broadcast(whole, group=self.group, group_src=home)
         return whole
 
@@ -167,8 +173,8 @@ class Pipeline:
         self._total += loss.detach()
         return loss / self._num_trained
 
-    def _make_schedule(self, shape: tuple[int, int, int]) -> None:
-        """A schedule for so many micro-batches of so many rows of so many tokens: it has a buffer for each."""
+    def make_schedule(self, shape: tuple[int, int, int]) -> None:
+        """Make ``schedule`` for so many micro-batches of so many rows of so many tokens: it has a buffer for each."""
         if shape == self._shape:
             return
         count, rows, width = self._shape = shape
@@ -184,7 +190,7 @@ class Pipeline:
                 part,
                 number,
                 len(self.homes),
-                self._device,
+                self.device,
                 input_args=hidden if number else tokens,
                 output_args=hidden if number < last else loss,
                 group=self.group,
@@ -192,16 +198,16 @@ class Pipeline:
             for number, part in self.parts.items()
         ]
         holds_many = issubclass(self._schedule_class, PipelineScheduleMulti)
-        self._schedule = self._schedule_class(stages if holds_many else stages[0], count, loss_fn=self._divide, scale_grads=False)
+        self.schedule = self._schedule_class(stages if holds_many else stages[0], count, loss_fn=self._divide, scale_grads=False)
 
     def _send(self, hidden: Tensor, home: int) -> None:
-        dist.send(torch.tensor(hidden.shape, device=self._device), group=self.group, group_dst=home)
+        dist.send(torch.tensor(hidden.shape, device=self.device), group=self.group, group_dst=home)
         dist.send(hidden.contiguous(), group=self.group, group_dst=home)
 
     def _receive(self, home: int) -> Tensor:
-        shape = torch.empty(3, dtype=torch.int64, device=self._device)
+        shape = torch.empty(3, dtype=torch.int64, device=self.device)
         dist.recv(shape, group=self.group, group_src=home)
-        hidden = torch.empty(shape.tolist(), dtype=self._dtype, device=self._device)
+        hidden = torch.empty(shape.tolist(), dtype=self._dtype, device=self.device)
         dist.recv(hidden, group=self.group, group_src=home)
         return hidden
 

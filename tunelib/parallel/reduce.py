@@ -117,6 +117,15 @@ def on_main(act: Callable[[], T]) -> T:
     return from_main(done[0] if done else None)  # type: ignore[return-value]  # rank 0 always has one
 
 
+def largest_of_ranks(value: float, device: torch.device) -> float:
+    """The largest of what all ranks have. Collective."""
+    if not dist.is_initialized():
+        return value
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
 def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """Whether each of some flags is set on any rank. Collective."""
     return [count > 0 for count in sum_over_ranks(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()]
@@ -134,7 +143,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, pipeline
     norm = get_total_norm(gradients)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if pipeline is not None:
-        norm = sum_over_ranks(norm.square(), pipeline.get_group()).sqrt()
+        norm = sum_over_ranks(norm.double().square(), pipeline.get_group()).sqrt().to(norm.dtype)  # which the square may be beyond
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm

@@ -112,7 +112,9 @@ class Watchdog:
 
 
 def _limit_collectives(seconds: float) -> None:
+    """For all groups of this process: those of a mesh, which torch makes with half an hour each, too."""
     if dist.is_initialized():
-        from torch.distributed.distributed_c10d import _set_pg_timeout
+        from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-        _set_pg_timeout(datetime.timedelta(seconds=seconds), dist.group.WORLD)
+        for group in _world.pg_map:
+            _set_pg_timeout(datetime.timedelta(seconds=seconds), group)

@@ -72,6 +72,12 @@ def test_stages_are_where_they_were_asked_for() -> None:
     [
         ({"pipeline_parallel_degree": 9}, {}, "makes 9 stages with 1F1B, but the model has 8 layers; the nearest below that works is 8"),
         ({"pipeline_parallel_degree": 5, "pipeline_parallel_schedule": "ZBVZeroBubble"}, {}, "makes 10 stages .* the nearest below that works is 4"),
+        ({"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "ZBVZeroBubble"}, {"num_hidden_layers": 1}, "has 1 layer; shard it with"),
+        (
+            {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "ZBVZeroBubble"},
+            {"num_hidden_layers": 3},
+            '3 layers; set parallelism.pipeline_parallel_schedule = "1F1B"',
+        ),
         ({"pipeline_parallel_degree": 2}, {"tie_word_embeddings": True}, "the head of this model is its embedding"),
         (
             {"pipeline_parallel_degree": 2, "pipeline_parallel_split_points": ("layers.8",)},
