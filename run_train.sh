@@ -11,7 +11,7 @@
 #   ./run_train.sh --help
 #
 # Paths are relative to the current directory, wherever this file lies. Exit codes: 0 done, 2 a mistake to mend, 75 stopped
-# by a signal and saved, 1 anything else. bash 3.2 (macOS) must be able to run this file.
+# by a signal and saved, 124 something hung, 1 anything else. bash 3.2 (macOS) must be able to run this file.
 set -euo pipefail
 
 script=${BASH_SOURCE[0]}

@@ -6,6 +6,7 @@ that a person or another program could see: a file, a number, a message, the sta
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from tunelib.config import Config, load_config, resolve_dump_folder
 from tunelib.config.schema import Columns
 from tunelib.data.chat import CHATML
 from tunelib.data.tokenizer import Tokenizer
-from tunelib.errors import CheckpointError, ConfigError, DataError, FormatError
+from tunelib.errors import CheckpointError, ConfigError, DataError, FormatError, NumbersError, SaveError
 
 Check = Callable[["Lab"], None]
 CASES: dict[str, Check] = {}
@@ -700,6 +701,81 @@ def _(lab: Lab) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "train_step", slow_step)
         assert steps_saved(lab.run(SAVING, "--checkpoint.interval", "1", "--checkpoint.interval_type", "seconds")) == [2, 3]
+
+
+@shows("checkpoint.keep_every_n")
+def _(lab: Lab) -> None:
+    words = (SAVING, "--checkpoint.interval", "1", "--checkpoint.keep_latest_k", "1")
+    assert (steps_saved(lab.run(*words)), steps_saved(lab.run(*words, "--checkpoint.keep_every_n", "2"))) == ([3], [2, 3])
+
+
+@shows("checkpoint.keep_best")
+def _(lab: Lab) -> None:
+    validation = ("--validation.enable", "--validation.fraction", "0.2", "--validation.freq", "1", "--optimizer.lr", "1.0")
+    run = lab.run(SAVING, "--checkpoint.interval", "1", "--checkpoint.keep_latest_k", "1", *validation, "--checkpoint.keep_best")
+    losses = run.series("validation_loss")[1:]
+    assert steps_saved(run) == sorted({losses.index(min(losses)) + 1, 3})
+
+
+@shows("checkpoint.async_mode", "checkpoint.max_failed_saves")
+def _(lab: Lab) -> None:
+    """What saves in the background hold, and how many may fail, is shown in tests/integration/test_recovery.py."""
+    from tunelib.checkpoint import manager
+
+    started = []
+    start = manager.Background.start
+
+    def noted(self: manager.Background, *words: Any) -> None:
+        started.append(len(words[0]))
+        start(self, *words)
+
+    def fail(*_: object) -> None:
+        raise SaveError("no space")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager.Background, "start", noted)
+        lab.run(SAVING, "--checkpoint.interval", "1")
+        assert not started
+        assert steps_saved(lab.run(SAVING, "--checkpoint.interval", "1", "--checkpoint.async_mode", "async")) == [1, 2, 3]
+        assert len(started) == 2  # the last one is not in the background
+        patch.setattr(manager, "save_tensors", fail)
+        for allowed, done in ((0, 1), (1, 2)):
+            with pytest.raises(SaveError, match="no space"):
+                lab.run(SAVING, "--checkpoint.interval", "1", "--checkpoint.max_failed_saves", str(allowed), folder=lab.folder / f"failed-{allowed}")
+            assert len(Run(lab.folder / f"failed-{allowed}").series("loss")) == done
+
+
+@shows("checkpoint.grace_seconds")
+def _(lab: Lab) -> None:
+    from tunelib.checkpoint.manager import CheckpointManager
+    from tunelib.checkpoint.state import RunState
+    from tunelib.config.schema import Checkpoint
+
+    said = {}
+    for seconds in (10, 1000):
+        section = Checkpoint(enable_checkpoint=True, grace_seconds=seconds)
+        manager = CheckpointManager(section, lab.folder / f"grace-{seconds}", True, "", "{}")
+        manager.save({"w": torch.ones(3)}, RunState(1, 10, 1, "cpu", {}))
+        manager._seconds = 60.0  # as a larger one takes
+        said[seconds] = manager.save_in_time({"w": torch.ones(3)}, RunState(2, 20, 1, "cpu", {}), 0.0)
+    assert "not saved, since a save takes about 60 s, and 10 s are left" in said[10]
+    assert said[1000] == "and saved; the same command goes on from there"
+
+
+@shows("training.on_nonfinite", "training.max_nonfinite_steps")
+def _(lab: Lab) -> None:
+    """With real faults in tests/integration/test_recovery.py."""
+    import train as program
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "clip_gradients", lambda *_: torch.tensor(math.nan))
+        with pytest.raises(NumbersError, match="step 1: loss"):
+            lab.run()
+        skipped = lab.run("--training.on_nonfinite", "skip")
+        assert [row["step"] for row in skipped.rows() if row.get("passed_over")] == [1, 2, 3]
+        with pytest.raises(NumbersError, match=r"after 2 steps were passed over \(training\.max_nonfinite_steps\)"):
+            lab.run("--training.on_nonfinite", "skip", "--training.max_nonfinite_steps", "2")
+    assert "there is nothing to go back to" in lab.refusal("--training.on_nonfinite", "rollback")
 
 
 @shows("checkpoint.keep_latest_k")

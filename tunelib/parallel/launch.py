@@ -26,9 +26,9 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import main
 
-from tunelib.errors import EXIT_CODE_FILE
+from tunelib.errors import EXIT_CODE_FILE, HUNG
 
-SAID_IN_PLAIN_WORDS = (2, 75)
+SAID_IN_PLAIN_WORDS = (2, 75, HUNG)
 MEETING_SECONDS = 600
 """How long machine 0 is waited for; torchrun on machine 0 waits as long for the others."""
 
