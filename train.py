@@ -246,7 +246,7 @@ def main(argv: list[str]) -> None:
             console.say(passed_over.add(step + 1, loss, grad_norm))
             if config.training.on_nonfinite == "rollback":
                 manager.wait()
-                back = manager.decide(num_steps)
+                back = manager.find_newest(num_steps)
                 if back.resumed is None:
                     raise NumbersError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, and there is no checkpoint to go back to")
                 resume_from(back, back.resumed)
@@ -255,6 +255,7 @@ def main(argv: list[str]) -> None:
                     rows.cut(step)
                 console.say(f"gone back to step {step}")
 
+        stop.wait_for_steps()
         if step == 0:
             validate()
             show_samples()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,9 +78,10 @@ def test_skipped_step_leaves_all_as_it_was(tmp_path: Path, toml: Path, world_siz
     assert run.series("loss") == losses
 
 
-@pytest.mark.parametrize("what", ["weight", "moment"])
-def test_run_goes_back_to_the_newest_checkpoint(tmp_path: Path, toml: Path, what: str) -> None:
-    words = [str(toml), "--training.steps", "8", "--training.on_nonfinite", "rollback", "--job.dump_folder", str(tmp_path / "run")]
+@pytest.mark.parametrize(("what", "resume"), [("weight", "auto"), ("moment", "never")])
+def test_run_goes_back_to_the_newest_checkpoint(tmp_path: Path, toml: Path, what: str, resume: str) -> None:
+    words = [str(toml), "--training.steps", "8", "--training.on_nonfinite", "rollback", "--checkpoint.resume", resume]
+    words += ["--job.dump_folder", str(tmp_path / "run")]
     ((code, said),) = run_faulty({"what": what, "steps": [4]}, 1, *words)
     assert code == 0, said
     run = Run(tmp_path / "run")
@@ -165,6 +167,25 @@ def test_file_in_the_run_folder_asks_for_a_checkpoint(tmp_path: Path, toml: Path
     finally:
         worker.kill()
         worker.wait()
+
+
+def test_signal_before_training_ends_the_run_where_it_is(tmp_path: Path, toml: Path) -> None:
+    """Tokens of many documents are being made then: nothing is lost."""
+    data = write_chats(tmp_path / "many.jsonl", 30000)
+    words = [str(toml), "--dataset.path", str(data), "--training.steps", "5", "--job.dump_folder", str(tmp_path / "run")]
+    worker = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(lambda: (tmp_path / "run/.lock").exists())
+        time.sleep(0.3)
+        worker.send_signal(signal.SIGTERM)
+        said = worker.communicate(timeout=30)[0]
+    finally:
+        worker.kill()
+        worker.wait()
+    assert worker.returncode == 75, said
+    assert "stopped by a signal before training began; the same command begins again" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 @pytest.mark.crash

@@ -124,6 +124,13 @@ class CheckpointManager:
             later = tuple(step for step in steps if step > wanted)
             aside = f"; {_name_steps(list(later))} set aside" if later else ""
             return replace(self._begin_with(wanted, manifest["kind"], f"checkpoint.load_step asks for it{aside}"), supersede=later)
+        return self._find_newest(steps, num_steps)
+
+    def find_newest(self, num_steps: int) -> Decision:
+        """The newest good checkpoint, whatever the start was told; damaged ones are set aside. Collective."""
+        return self._find_newest(on_main(self._list_steps), num_steps)
+
+    def _find_newest(self, steps: list[int], num_steps: int) -> Decision:
         passed_over, weights_only = "", -1
         for step in reversed(steps):
             manifest, problems = self._verify(step)

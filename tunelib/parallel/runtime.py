@@ -121,7 +121,11 @@ class StopSignal:
     """Whether somebody wants the run to end: Ctrl-C, or SIGTERM or SIGUSR1 from a scheduler. A second signal ends it at once."""
 
     def __init__(self) -> None:
-        self.received, self._when = False, 0.0
+        self.received, self._when, self._waits = False, 0.0, False
+
+    def wait_for_steps(self) -> None:
+        """From now on there is something to save, and a signal waits for the step in hand; before, it ends the run where it is."""
+        self._waits = True
 
     @property
     def seconds_since(self) -> float:
@@ -139,6 +143,8 @@ class StopSignal:
     def _receive(self, number: int, _frame: object) -> None:
         if self.received:
             end_at_once(1)
+        if not self._waits:
+            raise Stopped("stopped by a signal before training began; the same command begins again")
         self.received, self._when = True, time.monotonic()
 
 
