@@ -180,7 +180,6 @@ def main(argv: list[str]) -> None:
         # Resume: weights, optimizer, random state; the data's place follows from the step.
         step, tokens_seen = (decision.state.step, decision.state.tokens_seen) if decision.state is not None else (0, 0)
         passed_over = PassedOver(config.training, decision.state.passed_over if decision.state is not None else [])
-        validation_loss = decision.state.validation_loss if decision.state is not None else None
 
         def resume_from(decision: Decision, state: RunState) -> None:
             same_layout = (state.world_size, state.device, state.degrees) == (runtime.world_size, runtime.device.type, dict(layout.degrees))
@@ -216,12 +215,14 @@ def main(argv: list[str]) -> None:
             console.say(line)
         summary = Summary()
 
+        validation_loss, last_validated = 0.0, -1
+
         def validate() -> None:
-            nonlocal validation_loss
+            nonlocal validation_loss, last_validated
             with watchdog.watch("a validation"):
                 loss = evaluate(model, held_out, runtime, layout, stop) if held_out is not None else None
             if held_out is not None and loss is not None:
-                validation_loss = loss
+                validation_loss, last_validated = loss, step
                 metrics.write({"step": step, "validation_loss": validation_loss, "tokens": tokens_seen})
                 summary.add_validation(validation_loss)
                 console.say(f"step {step}: validation loss {validation_loss:.4f} on {held_out.num_trained:,} held-out tokens")
@@ -236,7 +237,7 @@ def main(argv: list[str]) -> None:
             tensors = model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device)
             streams = layout.gather_shares(train_data.state()) if isinstance(train_data, StreamData) else None
             where = (runtime.world_size, runtime.device.type, identity, streams, base, compiled, dict(layout.degrees))
-            return tensors, RunState(step, tokens_seen, *where, list(passed_over.steps), validation_loss)
+            return tensors, RunState(step, tokens_seen, *where, list(passed_over.steps), validation_loss if last_validated == step else None)
 
         def pass_over(loss: float, grad_norm: float) -> None:
             """A step whose numbers are not finite: stop, or remember it, and go back where that is asked for."""
@@ -262,7 +263,7 @@ def main(argv: list[str]) -> None:
 
         # The loop, which ends early, saved, where a signal asks for it.
         console.start_steps(num_steps, step)
-        first_step, last_validated = step + 1, step
+        first_step = step + 1
         while step < num_steps:
             is_stopped, is_asked = any_rank((stop.received, runtime.is_main and save_request.exists()), runtime.device)
             if is_stopped:
@@ -299,7 +300,6 @@ def main(argv: list[str]) -> None:
                 console.step(row)
             if config.validation.enable and step % config.validation.freq == 0:
                 validate()
-                last_validated = step
             if step < num_steps and manager.is_due(step, finished_epochs):
                 with watchdog.watch("a save"):
                     manager.save_and_go_on(*state_of_run())

@@ -252,7 +252,7 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Wait for a save in the background; raises as `save_and_go_on` does. Collective."""
-        if self._background is not None:
+        if self._background is not None and self._background.is_busy:
             self._bear(self._background.finish)
 
     def _bear(self, save: Callable[[], object]) -> None:
@@ -356,6 +356,11 @@ class Background:
         self._stager = DefaultStager(options)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="save")
         self._pending: concurrent.futures.Future | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something was begun that `finish` has not waited for."""
+        return self._pending is not None
 
     def start(self, tensors: dict[str, Tensor], write: Callable[[dict[str, Tensor]], object]) -> None:
         """Copy the tensors, and begin to write the copies; after `finish`, since the copies have one place."""

@@ -32,7 +32,7 @@ class RunState:
         compiled: whether layers were compiled.
         degrees: of the layout that wrote it, by name.
         passed_over: steps that were taken without an update, because their numbers were not finite.
-        validation_loss: the newest; None before the first.
+        validation_loss: of these weights; None where they were not validated.
         streams: where each data rank's stream stands, by rank; None for data whose place follows from the step.
     """
 
