@@ -205,13 +205,14 @@ def main(argv: list[str]) -> None:
             resumed_step = step if decision.kind in ("resume", "finished") else None
             metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
             samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
-            nonfinite = closing.enter_context(RowWriter(folder / NONFINITE_FILE, num_steps if resumed_step is not None else None, runtime.is_main))
         since = decision.folder if resumed_step is not None and runtime.is_main else None
         if since is not None and (changed := describe_changes(since / "config.toml", folder / "config.toml")):
             console.say(f"changed since then: {changed}")
         origin_of_weights = weights.sentence if decision.kind == "fresh" or config.lora.enable else "weights from the checkpoint"
         num_parameters = sum(shape.numel() for shape in expected_shapes(model.config).values())
-        for line in opening_lines(config, runtime, layout, compiled, trained, num_parameters, data_lines, num_steps, origin_of_weights, export.notes):
+        for line in opening_lines(
+            config, runtime, layout, compiled, stages, trained, num_parameters, data_lines, num_steps, origin_of_weights, export.notes
+        ):
             console.say(line)
         summary = Summary()
 
@@ -243,7 +244,8 @@ def main(argv: list[str]) -> None:
             """A step whose numbers are not finite: stop, or remember it, and go back where that is asked for."""
             nonlocal step, tokens_seen
             documents = train_data.documents_of(step + 1) if isinstance(train_data, TrainData) else None
-            nonfinite.write({"step": step + 1, "loss": repr(loss), "grad_norm": repr(grad_norm), "documents": documents})
+            with RowWriter(folder / NONFINITE_FILE, step + 1 if passed_over.steps else None, runtime.is_main) as rows:
+                rows.write({"step": step + 1, "loss": repr(loss), "grad_norm": repr(grad_norm), "documents": documents})
             console.say(passed_over.add(step + 1, loss, grad_norm))
             if config.training.on_nonfinite == "rollback":
                 manager.wait()
@@ -252,8 +254,8 @@ def main(argv: list[str]) -> None:
                     raise NumbersError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, and there is no checkpoint to go back to")
                 resume_from(back, back.resumed)
                 step, tokens_seen = back.resumed.step, back.resumed.tokens_seen
-                for rows in (metrics, samples):
-                    rows.cut(step)
+                metrics.cut(step)
+                samples.cut(step)
                 console.say(f"gone back to step {step}")
 
         stop.wait_for_steps()
@@ -333,6 +335,8 @@ def main(argv: list[str]) -> None:
             check = config.checkpoint.verify_export
             proof = export_model(export, model, folder / "export", runtime.is_main, tokenizer, check, sharded=layout.mesh is not None)
             export_line = describe_export(export, proof)
+        if passed_over.steps:
+            console.say(f"{len(passed_over.steps)} of {step} steps were passed over: {', '.join(map(str, passed_over.steps))}")
         seconds, memory = time.monotonic() - started, largest_of_ranks(peak_memory_gib(runtime.device), runtime.device)
         for line in summary.lines(step, tokens_seen, seconds, memory, folder, checkpoint, export_line, adapter_line):
             console.say(line)

@@ -44,8 +44,12 @@ def read_words(argv: list[str]) -> tuple[Words, list[str]]:
     parser.add_argument("--headroom", type=float, metavar="SHARE", help="of that memory for what is no tensor (default 0.1)")
     own, others = parser.parse_known_args(argv)
     words = Words(**{name: value for name, value in vars(own).items() if value is not None})
-    if words.ngpu < 1 or not 0 <= words.gpu_memory_gib < math.inf or not 0 <= words.headroom < 1:
-        raise ConfigError("command line: --ngpu is at least 1, --gpu_memory_gib a size, and --headroom a share: at least 0 and below 1")
+    if words.ngpu < 1:
+        raise ConfigError(f"command line: --ngpu {words.ngpu}: must be at least 1")
+    if own.gpu_memory_gib is not None and not 0 < words.gpu_memory_gib < math.inf:
+        raise ConfigError(f"command line: --gpu_memory_gib {words.gpu_memory_gib:g}: expected a size above 0, such as 80")
+    if not 0 <= words.headroom < 1 or (own.headroom is not None and own.gpu_memory_gib is None):
+        raise ConfigError(f"command line: --headroom {words.headroom:g}: expected a share of --gpu_memory_gib, at least 0 and below 1")
     return words, others
 
 

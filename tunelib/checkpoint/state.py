@@ -76,7 +76,8 @@ class PassedOver:
             enough = "" if policy == "stop" else f", after {limit} steps were passed over (training.max_nonfinite_steps)"
             error = NumbersError(
                 f"{numbers}: stopped before the weights change{enough}, and nothing of it is saved; "
-                "go on from an earlier checkpoint with a lower --optimizer.lr or a longer --lr_scheduler.warmup_steps."
+                "go on from an earlier checkpoint (--checkpoint.load_step), if there is one, with a lower --optimizer.lr "
+                "or a longer --lr_scheduler.warmup_steps."
             )
             error.agreed = True
             raise error

@@ -77,9 +77,19 @@ def find_conflicts(checked: Checked, broken: set[str]) -> list[str]:
 
 def find_notices(checked: Checked) -> Iterator[str]:
     """What may well be meant, such as a short trial of a long run's file, but should not pass in silence."""
+    yield from find_replaced_size(checked)
     steps, scheduler = checked.config.training.steps, checked.config.lr_scheduler
     if steps is not None and scheduler.warmup_steps >= steps and scheduler.decay_type != "constant":
         yield f"{checked.at('lr_scheduler.warmup_steps')}: the run has {steps} steps, so the learning rate only rises and never decays"
+
+
+def find_replaced_size(checked: Checked) -> Iterator[str]:
+    """A named size of which the layers below leave nothing but the name."""
+    named = checked.settings.get("model.flavor")
+    below = [key for key in (f"model.{name}" for name in NEEDED_SIZES) if key in checked.settings]
+    if named and named.value and below and all(checked.settings[key].origin.layer < named.origin.layer for key in below):
+        fields = ", ".join(f"{key} = {show_value(checked.value(key))}" for key in below)
+        yield f"{named}: these take the place of the size's own: {fields} ({checked.settings[below[0]].origin})"
 
 
 def find_length_fault(checked: Checked) -> Iterator[str]:
@@ -172,7 +182,8 @@ def find_stages_fault(checked: Checked) -> Iterator[str]:
     place = checked.at("parallelism.pipeline_parallel_split_points")
     numbers = [int(found[1]) if (found := re.fullmatch(r"(?:model\.)?layers\.([1-9][0-9]*)", point)) else -1 for point in points]
     if -1 in numbers:
-        yield f'{place}: {show_value(points[numbers.index(-1)])} is no layer that a stage can begin with; give names such as "layers.8"'
+        wrong = f"{show_value(points[numbers.index(-1)])} is no layer that a later stage can begin with"
+        yield f'{place}: {wrong}; give names such as "layers.8", with spaces between them'
     elif any(later <= number for number, later in itertools.pairwise(numbers)):
         yield f"{place}: each stage begins after the one before; give the layers in their order, each once"
     elif (schedule in ONE_STAGE_EACH and len(points) + 1 != degree) or (schedule in BOTH_ENDS and len(points) + 1 != 2 * degree):

@@ -225,8 +225,11 @@ def advise(need: Need, idle: Setting) -> str:
     if switch.kind == "bool":
         on = show_value(True not in need.off)
         return f"set {need.switch} = {on}" if idle.origin.file else f"add {switch.flag}" + (" false" if on == "false" else "")
+    is_degree = need.off == (1,)
     if not idle.origin.file:
-        return f"add {switch.flag}" + (f" {' or '.join(choices)}" if choices else "")
+        return f"add {switch.flag}" + (f" {' or '.join(choices)}" if choices else " 2" if is_degree else "")
+    if is_degree:
+        return f"set {need.switch} = 2"
     if choices:
         return f"set {need.switch} = {' or '.join(show_value(choice) for choice in choices)}"
     return f"give {need.switch}"

@@ -58,6 +58,7 @@ REPLACED = {
     "training.gradient_accumulation_steps": "it follows from training.global_batch_size and training.local_batch_size",
     "experimental.gradient_accumulation_steps": "it follows from training.global_batch_size and training.local_batch_size",
     "parallelism.pipeline_parallel_microbatch_size": "the micro-batch is training.local_batch_size, in a pipeline too",
+    "parallelism.pipeline_parallel_microbatches": "their number follows from training.global_batch_size and training.local_batch_size",
     "experimental.pipeline_parallel_microbatches": "their number follows from training.global_batch_size and training.local_batch_size",
     "checkpoint.initial_load_model_only": "checkpoint.initial_load_path loads the weights alone",
     "checkpoint.initial_load_model_weights_only": "checkpoint.initial_load_path loads the weights alone",

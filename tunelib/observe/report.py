@@ -44,6 +44,7 @@ def opening_lines(
     runtime: Runtime,
     layout: Layout,
     compiled: bool,
+    stages: tuple[range, ...],
     trained: dict[str, torch.Size],
     num_parameters: int,
     data_lines: list[str],
@@ -55,6 +56,7 @@ def opening_lines(
 
     Args:
         compiled: whether layers are.
+        stages: the layers of each stage of a pipeline.
         trained: the shapes of the parameters that are trained.
         num_parameters: of the model, without adapters.
         notes: what the form of the export cannot hold.
@@ -64,12 +66,18 @@ def opening_lines(
     training = config.training
     processes = f"{runtime.world_size} process{'es' if runtime.world_size > 1 else ''} on {runtime.device.type}"
     dtypes = f"{runtime.param_dtype} parameters" + (f", {runtime.compute_dtype} compute" if runtime.compute_dtype != runtime.param_dtype else "")
+    order = (
+        f"stages     {config.parallelism.pipeline_parallel_schedule}, of layers {', '.join(f'{part[0]}–{part[-1]}' for part in stages)}"
+        if stages
+        else ""
+    )
     return [
         *([config.job.description] if config.job.description else []),
         f"model      {num_parameters / 1e6:,.1f} M parameters; {weights}",
         *adapters,
         *(f"{'data' if line is data_lines[0] else '':10} {line}" for line in data_lines),
         f"machine    {processes}, {layout.sentence}, {dtypes.replace('torch.', '')}{', compiled layers' if compiled else ''}",
+        *([order] if order else []),
         f"run        {num_steps:,} steps of {training.global_batch_size} rows of {training.seq_len} tokens",
         *(f"export     {note}" for note in notes),
     ]

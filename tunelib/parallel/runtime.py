@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import datetime
+import logging
 import os
 import random
 import signal
@@ -75,6 +76,7 @@ def start(training: Training, comm: Comm) -> Iterator[Runtime]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if world_size > 1:
         _die_with_parent()
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # how some collectives could be fewer
     random.seed(training.seed)
     np.random.seed(training.seed & 0xFFFFFFFF)
     torch.manual_seed(training.seed)
