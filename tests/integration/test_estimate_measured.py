@@ -190,7 +190,7 @@ def test_program_says_what_a_run_needs_and_what_would_fit(tmp_path: Path) -> Non
     ("words", "says"),
     [
         (["--training.seq_len", "many"], "--training.seq_len"),
-        (["--ngpu", "0"], "--ngpu is at least 1"),
+        (["--ngpu", "0"], "--ngpu 0: must be at least 1"),
         (["--ngpu", "3"], "training.global_batch_size = 8 (default): is not a multiple of 3 processes"),
         (["--ngpu", "2", "--parallelism.tensor_parallel_degree", "2"], "does not divide num_attention_heads = 9"),
         (["--checkpoint.initial_load_path", "nowhere"], "there is no nowhere; get it, or name the model"),
