@@ -199,7 +199,7 @@ def test_step_that_does_not_end_is_told_with_who_is_missing(tmp_path: Path, toml
     assert "error: step 5 has not ended within 4 seconds" in ended[0][1]
     summary = (tmp_path / "run/hang/summary.txt").read_text()
     assert ("nothing is heard of rank 1" in summary) == (what == "stop")
-    assert "train_step" in (tmp_path / "run/hang/rank-0.txt").read_text()
+    assert "faulty_step" in (tmp_path / "run/hang/rank-0.txt").read_text()
 
 
 def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
