@@ -54,6 +54,11 @@ def _level_pairs(device: torch.device) -> Tensor:
     return torch.cartesian_prod(*[torch.tensor(LEVELS, device=device)] * 2)
 
 
+def forget_levels() -> None:
+    """Let go of what is kept between calls, where it may have been made of tensors without numbers."""
+    _level_pairs.cache_clear()
+
+
 class _LinearNf4(torch.autograd.Function):
     """x Wᵀ with W in NF4: neither pass keeps W in full."""
 

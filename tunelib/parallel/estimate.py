@@ -38,6 +38,7 @@ from tunelib.parallel.pipeline import Pipeline, parts_of, plan_stages
 from tunelib.parallel.reduce import clip_gradients, local, sum_over_ranks
 from tunelib.parallel.runtime import Runtime, resolve_dtypes
 from tunelib.parallel.tensor import check_split
+from tunelib.quantize import forget_levels
 
 HEAP = 1.2
 """Resident memory on a CPU ÷ memory of tensors, about."""
@@ -238,9 +239,12 @@ def _count_weights(parameter: Tensor) -> int:
 
 @contextlib.contextmanager
 def _nobody_else(runtime: Runtime) -> Iterator[None]:
-    """A process group for one rank of many, in which nothing is sent and all seem to have answered."""
+    """A process group for one rank of many, in which nothing is sent and all seem to have answered. What was made meanwhile is forgotten."""
     if not runtime.sharded:
-        yield
+        try:
+            yield
+        finally:
+            forget_levels()
         return
     on_error = sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=runtime.rank, world_size=runtime.world_size)
@@ -249,6 +253,7 @@ def _nobody_else(runtime: Runtime) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         sys.excepthook = on_error  # torch's names the rank
+        forget_levels()
         _clear_sharding_prop_cache()  # DTensor remembers groups, which are no more
 
 

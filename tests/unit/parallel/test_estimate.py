@@ -13,6 +13,7 @@ from tunelib.errors import ConfigError
 from tunelib.model.decoder import build_on_meta
 from tunelib.model.families import parse_config
 from tunelib.parallel.estimate import Plan, estimate_memory, ranks_to_look_at
+from tunelib.quantize import dequantize, quantize
 
 MODEL = replace(
     parse_config(TINY_FIELDS, "tiny"),
@@ -127,6 +128,12 @@ def test_offloaded_state_takes_no_memory_of_the_gpu() -> None:
     offloaded = estimate_memory(Plan(MODEL, 2, "cuda", replace(TRAINING, enable_cpu_offload=True))).peak
     assert (offloaded.parameters, offloaded.optimizer) == (0, 0)
     assert offloaded.gathered > 0
+
+
+def test_levels_of_nf4_have_their_numbers_afterwards() -> None:
+    estimate_memory(Plan(MODEL, 1, "cpu", TRAINING, lora=Lora(enable=True, rank=4, quantize_base="nf4")))
+    weight = torch.randn(4, 64)
+    assert (dequantize(quantize(weight), torch.float32) - weight).abs().mean() < 0.2
 
 
 def test_nothing_stays_behind() -> None:
