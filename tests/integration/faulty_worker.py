@@ -54,7 +54,7 @@ def faulty_save(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """A save that fails, or is slow."""
     step = int(folder.name.split("-")[1].split(".")[0])
     if FAULT["what"] == "slow disk":
-        time.sleep(3)
+        time.sleep(1)
     if FAULT["what"] == "full disk" and step in FAULT["steps"]:
         raise SaveError(f"{folder} cannot be written: No space left on device")
     save_tensors(tensors, folder)

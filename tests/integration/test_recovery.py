@@ -110,7 +110,7 @@ def test_saving_in_the_background_saves_the_state_of_its_step(train: Callable[..
 
 
 def test_two_processes_save_in_the_background_while_they_train(tmp_path: Path, toml: Path) -> None:
-    """The disk takes three seconds a save, and steps go on; two saves never overlap, and the last one is waited for."""
+    """The disk takes a second more a save, and steps go on; two saves never overlap, and the last one is waited for."""
     words = [str(toml), "--training.steps", "6", "--checkpoint.async_mode", "async", "--job.dump_folder", str(tmp_path / "run")]
     for code, said in run_faulty({"what": "slow disk", "steps": []}, 2, *words):
         assert code == 0, said

@@ -53,7 +53,8 @@ class LiveWeights:
 
     def read(self, name: str, where: Where = ()) -> Tensor:
         """A weight, or its part, gathered on every rank."""
-        return whole_of(self._model, name, gather(self.get(name)) if name in self.own else None)[where]
+        is_here = self._model.pipeline is None or name in self.own
+        return whole_of(self._model, name, gather(self.get(name)) if is_here else None)[where]
 
 
 def is_cut_by_columns(tensor: Tensor) -> bool:
