@@ -996,5 +996,6 @@ def _(lab: Lab) -> None:
             assert limit() == 77
         with watchdog.step(2, is_first=False):
             assert limit() == 33
+        assert limit() == 77
         with watchdog.watch("a save"):
             assert limit() == 77

@@ -41,7 +41,9 @@ def describe_checkpoints(config: Config, size: int) -> str:
     if not section.enable_checkpoint:
         return f"{size / GIB:.2f} GiB, but none is saved: checkpoint.enable_checkpoint is false"
     saved = [math.ceil(config.training.steps / section.interval)] if section.interval_type == "steps" and config.training.steps else []
-    kept = [section.keep_latest_k + 1] if section.keep_latest_k else []  # the oldest goes when the newest is whole
+    for_good = (config.training.steps or 0) // math.lcm(section.keep_every_n, section.interval) if section.keep_every_n and saved else 0
+    is_bounded = section.keep_latest_k and (saved or not section.keep_every_n)
+    kept = [section.keep_latest_k + 1 + section.keep_best + for_good] if is_bounded else []  # the oldest goes when the newest is whole
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
     place = f"{free / GIB:,.1f} GiB are free for {folder}"
     if not saved and not kept:

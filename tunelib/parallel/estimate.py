@@ -206,8 +206,8 @@ def take_step(model: Decoder, optimizer: torch.optim.Optimizer, plan: Plan, layo
             empty = Batch(tokens, labels, positions, (width,) * rows)
             batches = [empty] * plan.micro_batches
             model.pipeline.make_schedule((plan.micro_batches, rows, width))
-            with _no_votes(model.pipeline):
-                total += model.pipeline.train(batches, num_trained)
+            _skip_votes(model.pipeline)
+            total += model.pipeline.train(batches, num_trained)
         else:
             tokens, positions, labels = torch.zeros(3, rows, width, dtype=torch.int64).unbind()  # (B, S)
             summed = model(tokens, positions, (width,) * rows, labels=labels)
@@ -222,14 +222,12 @@ def take_step(model: Decoder, optimizer: torch.optim.Optimizer, plan: Plan, layo
         optimizer.zero_grad()
 
 
-@contextlib.contextmanager
-def _no_votes(pipeline: Pipeline) -> Iterator[None]:
-    """A schedule whose stages do not ask each other, before the first step, whether all know what they will be sent: they do."""
+def _skip_votes(pipeline: Pipeline) -> None:
+    """Have stages not ask each other, before the first step, whether all know what they will be sent: they do."""
     stages = [pipeline.schedule._stage] if hasattr(pipeline.schedule, "_stage") else pipeline.schedule._stages
     for stage in stages:
         stage._inference_mode = InferenceMode.STATIC
     pipeline.schedule._warmup_p2p = lambda *_: None
-    yield
 
 
 def _count_weights(parameter: Tensor) -> int:

@@ -77,6 +77,7 @@ class Watchdog:
             yield
         finally:
             self._what, self._deadline, self._limit = before
+            _limit_collectives(self._section.init_timeout_seconds + COLLECTIVES_LAST_LONGER)  # what is outside of all blocks may take as long
 
     def _look(self) -> None:
         while not self._ended.wait(min(1.0, self._section.train_timeout_seconds / 4)):
