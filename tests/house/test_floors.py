@@ -187,5 +187,11 @@ def test_unit_tests_are_named_after_what_they_test() -> None:
     assert wrong == []
 
 
+def test_no_two_tests_have_the_same_name() -> None:
+    """pytest imports a test by the name of its file alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_train_py_can_be_read_in_one_sitting() -> None:
     assert len((ROOT / "train.py").read_text().splitlines()) <= 400
