@@ -15,22 +15,23 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tunelib.adapters import add_adapters
-from tunelib.checkpoint.manager import CheckpointManager, Decision, check_base, check_identity
-from tunelib.checkpoint.state import PassedOver, RunState, model_tensors, optimizer_tensors, restore_rng, rng_tensors, tensors_to_load
+from tunelib.checkpoint.manager import CheckpointManager, check_base, check_identity
+from tunelib.checkpoint.progress import Progress
+from tunelib.checkpoint.state import RunState, model_tensors
 from tunelib.config import Config, check_own_config, describe_changes, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
 from tunelib.config.resolve import find_what_rules_out_compile
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
 from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words
 from tunelib.data.stream import Ranks, StreamData
 from tunelib.data.tokenizer import Tokenizer
-from tunelib.errors import CheckpointError, NumbersError, Stopped, TunelibError
+from tunelib.errors import CheckpointError, Stopped, TunelibError
 from tunelib.files import replace_file
 from tunelib.formats.load import (
     check_weights,
@@ -178,33 +179,24 @@ def main(argv: list[str]) -> None:
         optimizer = build_optimizer(model, config.optimizer)
 
         # Resume: weights, optimizer, random state; the data's place follows from the step.
-        step, tokens_seen = (decision.state.step, decision.state.tokens_seen) if decision.state is not None else (0, 0)
-        passed_over = PassedOver(config.training, decision.state.passed_over if decision.state is not None else [])
-
-        def resume_from(decision: Decision, state: RunState) -> None:
-            same_layout = (state.world_size, state.device, state.degrees) == (runtime.world_size, runtime.device.type, dict(layout.degrees))
-            tensors = tensors_to_load(model, optimizer, runtime.rank, runtime.device, same_layout)
-            manager.load(tensors, decision)
-            if same_layout:
-                restore_rng(tensors, runtime.rank, runtime.device)
-            elif config.lora.dropout:
-                console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another layout")
-            if isinstance(train_data, StreamData) and state.streams is not None:
-                with agreed():
-                    train_data.restore(state.streams[layout.data_rank])
-
-        if decision.resumed is not None:
-            resume_from(decision, decision.resumed)
-        if step >= num_steps:
-            console.say(f"this run is finished at step {step}; extend it with more --training.steps or --training.epochs (now {num_steps} steps)")
+        begun = RunState(0, 0, runtime.world_size, runtime.device.type, identity, None, base, compiled, dict(layout.degrees))
+        if decision.state is not None:
+            begun = replace(begun, step=decision.state.step, tokens_seen=decision.state.tokens_seen)
+        progress = Progress(model, optimizer, train_data, config.training, layout, runtime, begun)
+        if decision.resumed is not None and not progress.restore(manager, decision) and config.lora.dropout:
+            console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another layout")
+        first_step = progress.step + 1
+        if first_step > num_steps:
+            done = f"this run is finished at step {progress.step}"
+            console.say(f"{done}; extend it with more --training.steps or --training.epochs (now {num_steps} steps)")
 
         # Watch: the opening lines, metrics, samples and the first validation.
         with agreed(f"{folder} cannot be written"):
             if runtime.is_main:
                 replace_file(folder / "config.toml", resolved_toml(loaded))
-            resumed_step = step if decision.kind in ("resume", "finished") else None
-            metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main))
-            samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main))
+            resumed_step = progress.step if decision.kind in ("resume", "finished") else None
+            metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main, console.say))
+            samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main, console.say))
         since = decision.folder if resumed_step is not None and runtime.is_main else None
         if since is not None and (changed := describe_changes(since / "config.toml", folder / "config.toml")):
             console.say(f"changed since then: {changed}")
@@ -216,115 +208,109 @@ def main(argv: list[str]) -> None:
             console.say(line)
         summary = Summary()
 
-        validation_loss, last_validated = 0.0, -1
-
         def validate() -> None:
-            nonlocal validation_loss, last_validated
             with watchdog.watch("a validation"):
                 loss = evaluate(model, held_out, runtime, layout, stop) if held_out is not None else None
             if held_out is not None and loss is not None:
-                validation_loss, last_validated = loss, step
-                metrics.write({"step": step, "validation_loss": validation_loss, "tokens": tokens_seen})
-                summary.add_validation(validation_loss)
-                console.say(f"step {step}: validation loss {validation_loss:.4f} on {held_out.num_trained:,} held-out tokens")
+                progress.validation_loss = loss
+                metrics.write({"step": progress.step, "validation_loss": loss, "tokens": progress.tokens_seen})
+                summary.add_validation(loss)
+                console.say(f"step {progress.step}: validation loss {loss:.4f} on {held_out.num_trained:,} held-out tokens")
 
         def show_samples() -> None:
             answers = answer_prompts(model, prompts, words.tokenizer, stop_ids, config.validation.max_new_tokens, runtime.device)
             for prompt, answer in zip(config.validation.prompts, answers, strict=True):
-                samples.write({"step": step, "prompt": prompt, "answer": answer})
-                console.say(f"step {step}: {prompt!r} → {answer!r}")
+                samples.write({"step": progress.step, "prompt": prompt, "answer": answer})
+                console.say(f"step {progress.step}: {prompt!r} → {answer!r}")
 
-        def state_of_run() -> tuple[dict[str, torch.Tensor], RunState]:
-            tensors = model_tensors(model) | optimizer_tensors(model, optimizer) | rng_tensors(runtime.rank, runtime.device)
-            streams = layout.gather_shares(train_data.state()) if isinstance(train_data, StreamData) else None
-            where = (runtime.world_size, runtime.device.type, identity, streams, base, compiled, dict(layout.degrees))
-            return tensors, RunState(step, tokens_seen, *where, list(passed_over.steps), validation_loss if last_validated == step else None)
+        def capture() -> tuple[dict[str, torch.Tensor], RunState]:
+            """What is to be saved, once the disk has the rows that stand for it."""
+            metrics.sync()
+            samples.sync()
+            return progress.capture()
+
+        def save() -> None:
+            with watchdog.watch("a save"):
+                manager.save_and_go_on(*capture())
 
         def pass_over(loss: float, grad_norm: float) -> None:
-            """A step whose numbers are not finite: stop, or remember it, and go back where that is asked for."""
-            nonlocal step, tokens_seen
-            documents = train_data.documents_of(step + 1) if isinstance(train_data, TrainData) else None
-            with RowWriter(folder / NONFINITE_FILE, step + 1 if passed_over.steps else None, runtime.is_main) as rows:
-                rows.write({"step": step + 1, "loss": repr(loss), "grad_norm": repr(grad_norm), "documents": documents})
-            console.say(passed_over.add(step + 1, loss, grad_norm))
-            if config.training.on_nonfinite == "rollback":
-                manager.wait()
-                back = manager.find_newest(num_steps)
-                if back.resumed is None:
-                    raise NumbersError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, and there is no checkpoint to go back to")
-                resume_from(back, back.resumed)
-                step, tokens_seen = back.resumed.step, back.resumed.tokens_seen
-                metrics.cut(step)
-                samples.cut(step)
-                console.say(f"gone back to step {step}")
+            """A step whose numbers are not finite: written down, and then what on_nonfinite says."""
+            at_fault, is_first = progress.step + 1, not progress.passed_over
+            documents = train_data.documents_of(at_fault) if isinstance(train_data, TrainData) else None
+            with RowWriter(folder / NONFINITE_FILE, None if is_first else at_fault, runtime.is_main, console.say) as rows:
+                rows.write({"step": at_fault, "loss": repr(loss), "grad_norm": repr(grad_norm), "documents": documents})
+            console.say(progress.pass_over(loss, grad_norm, manager, num_steps))
+            metrics.cut(progress.step)
+            samples.cut(progress.step)
 
         stop.wait_for_steps()
-        if step == 0:
+        if progress.step == 0:
             validate()
             show_samples()
 
         # The loop, which ends early, saved, where a signal asks for it.
-        console.start_steps(num_steps, step)
-        first_step = step + 1
-        while step < num_steps:
+        console.start_steps(num_steps, progress.step)
+        while progress.step < num_steps:
             is_stopped, is_asked = any_rank((stop.received, runtime.is_main and save_request.exists()), runtime.device)
             if is_stopped:
                 break
-            if is_asked and step > 0:
-                with watchdog.watch("a save"):
-                    manager.save_and_go_on(*state_of_run())
+            if is_asked and progress.step > 0:
+                save()
                 if runtime.is_main:
                     save_request.unlink(missing_ok=True)
-            begun = time.monotonic()
-            work = train_data.step(step + 1)
-            lr = config.optimizer.lr * lr_factor(config.lr_scheduler, step + 1, num_steps)
-            row: dict[str, Any] = {"step": step + 1, "epoch": work.epoch, "lr": lr}
-            if work.number not in passed_over.steps:
-                with watchdog.step(work.number, is_first=step < first_step):
+            step_began = time.monotonic()
+            step = progress.step + 1
+            work = train_data.step(step)
+            lr = config.optimizer.lr * lr_factor(config.lr_scheduler, step, num_steps)
+            row: dict[str, Any] = {"step": step, "epoch": work.epoch, "lr": lr}
+            if step not in progress.passed_over:
+                with watchdog.step(step, is_first=step <= first_step):
                     loss, grad_norm = train_step(model, optimizer, work, lr, config.training.max_norm, runtime, layout)
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     pass_over(loss, grad_norm)
-                    if step + 1 != work.number:
+                    if progress.step + 1 != step:
                         continue  # from where it has gone back to
-            finished_epochs = train_data.epochs_after(step), train_data.epochs_after(step + 1)
-            step += 1
-            if step in passed_over.steps:
-                metrics.write(row | {"passed_over": True, "tokens": tokens_seen})
+            is_passed_over = step in progress.passed_over
+            progress.advance(0 if is_passed_over else work.num_tokens)
+            if is_passed_over:
+                metrics.write(row | {"passed_over": True, "tokens": progress.tokens_seen})
             else:
-                tokens_seen += work.num_tokens
-                summary.add_step(work.num_tokens, time.monotonic() - begun, loss)
+                summary.add_step(work.num_tokens, time.monotonic() - step_began, loss)
             if isinstance(train_data, StreamData) and step in (first_step, num_steps):
                 console.say("\n".join(train_data.report))
-            if step not in passed_over.steps and (step % config.metrics.log_freq == 0 or step == num_steps):
-                row |= {"loss": loss, "grad_norm": grad_norm, "tokens": tokens_seen} | summary.speed()
+            if not is_passed_over and (step % config.metrics.log_freq == 0 or step == num_steps):
+                row |= {"loss": loss, "grad_norm": grad_norm, "tokens": progress.tokens_seen} | summary.speed()
                 row["memory_gib"] = largest_of_ranks(peak_memory_gib(runtime.device), runtime.device)
                 metrics.write(row)
                 console.step(row)
             if config.validation.enable and step % config.validation.freq == 0:
                 validate()
-            if step < num_steps and manager.is_due(step, finished_epochs):
-                with watchdog.watch("a save"):
-                    manager.save_and_go_on(*state_of_run())
+            if step < num_steps and manager.is_due(step, (train_data.epochs_after(step - 1), train_data.epochs_after(step))):
+                save()
+        console.end_steps()
+        step = progress.step
         if step < num_steps:
-            console.end_steps()
             if not config.checkpoint.enable_checkpoint:
                 raise TunelibError(f"stopped after step {step} by a signal; nothing was saved: checkpoint.enable_checkpoint is false")
             if step == 0:
                 raise Stopped("stopped by a signal before the first step; the same command begins again")
-            raise Stopped(f"stopped after step {step} by a signal, {manager.save_in_time(*state_of_run(), stop.seconds_since)}")
-        console.end_steps()
+            with watchdog.watch("the last save"):
+                raise Stopped(f"stopped after step {step} by a signal, {manager.save_in_time(*capture(), stop.seconds_since)}")
 
         # Close: the last validation and samples, the last checkpoint, the export, one summary.
         if step >= first_step:
-            if last_validated != step:
+            if progress.validation_loss is None:
                 validate()
             show_samples()
         checkpoint = None
         if config.checkpoint.enable_checkpoint and config.checkpoint.model_weights_only:
             weights_alone = {name: tensor.to(export.dtypes[name]) for name, tensor in model_tensors(model).items()}
-            checkpoint = manager.save(weights_alone, RunState(step, tokens_seen, runtime.world_size, runtime.device.type, identity), kind="model")
+            state = RunState(step, progress.tokens_seen, runtime.world_size, runtime.device.type, identity)
+            with watchdog.watch("the last save"):
+                checkpoint = manager.save(weights_alone, state, kind="model")
         elif config.checkpoint.enable_checkpoint:
-            checkpoint = manager.save(*state_of_run())
+            with watchdog.watch("the last save"):
+                checkpoint = manager.save(*capture())
         adapter_line = export_line = ""
         if config.lora.enable:
             origin_path = config.checkpoint.initial_load_path
@@ -333,12 +319,13 @@ def main(argv: list[str]) -> None:
             adapter_line += "; export/ beside it is of an earlier end of this run" if (folder / "export").exists() else ""
         else:
             check = config.checkpoint.verify_export
-            proof = export_model(export, model, folder / "export", runtime.is_main, tokenizer, check, sharded=layout.mesh is not None)
+            with watchdog.watch("the export"):
+                proof = export_model(export, model, folder / "export", runtime.is_main, tokenizer, check, sharded=layout.mesh is not None)
             export_line = describe_export(export, proof)
-        if passed_over.steps:
-            console.say(f"{len(passed_over.steps)} of {step} steps were passed over: {', '.join(map(str, passed_over.steps))}")
+        if progress.passed_over:
+            console.say(f"{len(progress.passed_over)} of {step} steps were passed over: {', '.join(map(str, progress.passed_over))}")
         seconds, memory = time.monotonic() - started, largest_of_ranks(peak_memory_gib(runtime.device), runtime.device)
-        for line in summary.lines(step, tokens_seen, seconds, memory, folder, checkpoint, export_line, adapter_line):
+        for line in summary.lines(step, progress.tokens_seen, seconds, memory, folder, checkpoint, export_line, adapter_line):
             console.say(line)
 
 

@@ -3,10 +3,14 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +104,8 @@ def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240, w
     Args:
         warnings: what becomes of them; torch.compile makes some of its own.
     """
-    ports = [free_port() for _ in cases]
-    run_ranks(["-W", warnings, str(ROOT / "tests/integration/worker.py"), json.dumps([cases, ports])], world_size, timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        run_ranks(["-W", warnings, str(ROOT / "tests/integration/worker.py"), folder, json.dumps(cases)], world_size, timeout)
 
 
 def run_ranks(words: list[str], world_size: int, timeout: int = 120) -> list[str]:
@@ -118,15 +122,20 @@ def run_ranks(words: list[str], world_size: int, timeout: int = 120) -> list[str
         )
         for rank in range(world_size)
     ]
-    try:
-        outputs = [worker.communicate(timeout=timeout)[0] for worker in workers]
-    finally:
+    deadline = time.monotonic() + timeout
+    with ThreadPoolExecutor(world_size) as readers:
+        outputs = [readers.submit(lambda worker=worker: worker.communicate()[0]) for worker in workers]
+        while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+            if any(worker.poll() for worker in workers):
+                deadline = min(deadline, time.monotonic() + 10)  # the others wait for one that has failed
+            time.sleep(0.02)
         for worker in workers:
             worker.kill()
-            worker.wait()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output[-6000:]
-    return outputs
+    said = [output.result() for output in outputs]
+    failed = [worker.returncode for worker in workers if worker.returncode not in (0, -signal.SIGKILL)]
+    for worker, output in zip(workers, said, strict=True):
+        assert worker.returncode in (0, -signal.SIGKILL if failed else 0), output[-6000:]
+    return said
 
 
 def count_traffic(model: Path, world_size: int, layout: dict[str, int], lora: dict[str, Any]) -> list[dict[str, Any]]:
@@ -176,3 +185,21 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from assets.make_smollm2 import make_smollm2
 
     return make_smollm2(ROOT / "assets" / "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def disk_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """crash/disk.c, compiled."""
+    from crash.disk import build
+
+    return build(tmp_path_factory.mktemp("disk"))
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory, disk_library: Path) -> Iterator[Any]:
+    """Runs of train.py in forked processes; see crash/forks.py."""
+    from crash.forks import Forks
+
+    forks = Forks(tmp_path_factory.mktemp("forks"), disk_library)
+    yield forks
+    forks.close()

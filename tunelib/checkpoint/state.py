@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunelib.config.schema import Training
-from tunelib.errors import CheckpointError, NumbersError
+from tunelib.errors import CheckpointError
 from tunelib.files import read_json
 from tunelib.optimizer import prepare_state
 
@@ -51,38 +50,6 @@ class RunState:
     def to_json(self) -> str:
         """For state.json."""
         return json.dumps(asdict(self), indent=1) + "\n"
-
-
-class PassedOver:
-    """The steps that a run takes without an update, because their numbers were not finite.
-
-    Args:
-        section: whose on_nonfinite and max_nonfinite_steps say what is done.
-        steps: those of the checkpoint that is resumed from.
-    """
-
-    def __init__(self, section: Training, steps: list[int]):
-        self.section, self.steps = section, list(steps)
-
-    def add(self, step: int, loss: float, grad_norm: float) -> str:
-        """Pass a step over from now on; what that means, in words.
-
-        Raises:
-            NumbersError: on every rank, since all have the same numbers: the run is to stop, now or because there were too many.
-        """
-        numbers = f"step {step}: loss {loss}, gradient norm {grad_norm}"
-        policy, limit = self.section.on_nonfinite, self.section.max_nonfinite_steps
-        if policy == "stop" or len(self.steps) >= limit:
-            enough = "" if policy == "stop" else f", after {limit} steps were passed over (training.max_nonfinite_steps)"
-            error = NumbersError(
-                f"{numbers}: stopped before the weights change{enough}, and nothing of it is saved; "
-                "go on from an earlier checkpoint (--checkpoint.load_step), if there is one, with a lower --optimizer.lr "
-                "or a longer --lr_scheduler.warmup_steps."
-            )
-            error.agreed = True
-            raise error
-        self.steps.append(step)
-        return f"{numbers}: passed over, without an update ({len(self.steps)} of at most {limit})"
 
 
 def read_run_state(folder: Path) -> RunState:

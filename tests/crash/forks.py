@@ -1,0 +1,148 @@
+"""Runs of train.py that cost half a second: children forked from a process that has imported everything already.
+
+As a program it is that process: it takes cases on stdin, a JSON line each, and answers with the exit codes (``Forks`` below speaks to it).
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TIMEOUT = 60.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit code, or minus the signal; and what it printed."""
+
+    code: int
+    said: str
+
+
+class Forks:
+    """Forks runs of train.py in a process of its own.
+
+    Args:
+        folder: for what the runs print.
+        library: preloaded; see disk.py.
+    """
+
+    def __init__(self, folder: Path, library: Path | None = None):
+        self._folder = folder
+        more = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | ({"LD_PRELOAD": str(library)} if library else {})
+        program = [sys.executable, "-W", "error", str(Path(__file__))]
+        self._process = subprocess.Popen(program, env=os.environ | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(
+        self,
+        words: Sequence[str],
+        world_size: int = 1,
+        fault: str = "",
+        timeout: float = TIMEOUT,
+        patience: float = 20.0,
+        environment: dict[str, str] | None = None,
+        **values: Any,
+    ) -> None:
+        """Run train.py in so many processes of one group; `result` waits for it.
+
+        Args:
+            fault: name of a function of faults.py, called in each process before train.py with its rank and ``values``.
+            patience: seconds that the others have, once one has failed; then they are killed.
+            environment: more variables.
+        """
+        from conftest import free_port
+
+        case = {"words": [str(word) for word in words], "world_size": world_size, "fault": fault, "values": values, "timeout": timeout}
+        case |= {"patience": patience, "port": free_port(), "output": str(self._folder), "environment": environment or {}}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(case) + "\n")
+        self._process.stdin.flush()
+
+    def result(self) -> list[Ended]:
+        """How each process of the case begun first ended; one that does not end in its time fails the test."""
+        assert self._process.stdout is not None
+        answer = json.loads(self._process.stdout.readline())
+        ended = [Ended(code, Path(output).read_text(errors="replace")) for code, output in answer["ended"]]
+        assert not answer["late"], "\n".join(f"rank {rank}: {each.said[-4000:]}" for rank, each in enumerate(ended))
+        return ended
+
+    def run(self, words: Sequence[str], world_size: int = 1, **rest: Any) -> list[Ended]:
+        """`start`, and its `result`."""
+        self.start(words, world_size, **rest)
+        return self.result()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def serve() -> None:
+    """Fork a run for each line of stdin."""
+    sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+    import torch
+    from crash import faults
+
+    import train  # noqa: F401  (the children have it)
+
+    torch.set_num_threads(1)
+    importlib.import_module("torch.distributed.checkpoint.staging")
+    for number, line in enumerate(sys.stdin):
+        case = json.loads(line)
+        outputs = [f"{case['output']}/{os.getpid()}-{number}-{rank}.txt" for rank in range(case["world_size"])]
+        processes = [fork(case, rank, outputs[rank], faults) for rank in range(case["world_size"])]
+        codes, late = wait(processes, case["timeout"], case["patience"])
+        print(json.dumps({"ended": list(zip(codes, outputs, strict=True)), "late": late}), flush=True)
+
+
+def fork(case: dict[str, Any], rank: int, output: str, faults: Any) -> int:
+    """A child that runs train.py; its process id."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(file, 1), os.dup2(file, 2)
+        os.setpgid(0, 0)
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world_size"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": case["port"]}
+        os.environ |= {name: str(value) for name, value in group.items()} | case["environment"]
+        import train
+        from tunelib.parallel.runtime import leave, run_main
+
+        if case["fault"]:
+            getattr(faults, case["fault"])(rank, **case["values"])
+        leave(run_main(train.main, case["words"]))
+    except BaseException:
+        traceback.print_exc()
+    os._exit(99)
+
+
+def wait(processes: list[int], timeout: float, patience: float) -> tuple[list[int], bool]:
+    """The exit codes, and whether somebody had to be killed because of the time; the others of one that failed are killed after ``patience``."""
+    codes: dict[int, int] = {}
+    deadline, late = time.monotonic() + timeout, False
+    while len(codes) < len(processes):
+        for process in [process for process in processes if process not in codes]:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                codes[process] = os.waitstatus_to_exitcode(status)
+                if codes[process]:
+                    deadline = min(deadline, time.monotonic() + patience)
+            elif time.monotonic() > deadline:
+                late = late or not any(codes.values())
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[process] for process in processes], late
+
+
+if __name__ == "__main__":
+    serve()
