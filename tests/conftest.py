@@ -187,6 +187,18 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_smollm2(ROOT / "assets" / "SmolLM2-135M-Instruct")
 
 
+TABLE: list[str] = []
+"""What tests of crashes have counted; printed at the end of the session."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table."""
+    if TABLE:
+        terminalreporter.section("crashes")
+        for line in TABLE:
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session")
 def disk_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """crash/disk.c, compiled."""

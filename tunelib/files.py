@@ -74,6 +74,14 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, as far as they are missing, and wait until the disk has their names."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync_path(path.parent)
+
+
 def crc32_of(path: Path) -> int:
     """The crc32 of a file's bytes."""
     checksum = 0
@@ -144,7 +152,7 @@ def staging_of(final: Path) -> Path:
 
 def make_staging(final: Path) -> Path:
     """An empty folder beside ``final`` to build it in; what an earlier, interrupted attempt left there is removed."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     staging = staging_of(final)
     remove_folder(staging)
     staging.mkdir()
@@ -290,7 +298,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         ConfigError: another process holds it, or it cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         file = open(folder / ".lock", "w")  # noqa: SIM115  (the with is below, outside of the try)
     except OSError as error:
         raise ConfigError(f"job.dump_folder: {folder} cannot be written: {error.strerror}") from None

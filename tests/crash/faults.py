@@ -7,6 +7,16 @@ from crash.disk import arm, disarm
 from tunelib.checkpoint.manager import CheckpointManager
 
 
+def disk(rank: int, logs: str = "", **how: Any) -> None:
+    """A disk that fails or waits in the whole run.
+
+    Args:
+        logs: a folder for what each rank does.
+        how: for `disk.arm`.
+    """
+    arm(log=f"{logs}/{rank}" if logs else "", **how)
+
+
 def disk_in_save(rank: int, step: int, at_rank: int = 0, counted: str = "", **how: Any) -> None:
     """A disk that fails while one rank saves one step, and nowhere else.
 

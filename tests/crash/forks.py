@@ -49,6 +49,7 @@ class Forks:
         fault: str = "",
         timeout: float = TIMEOUT,
         patience: float = 20.0,
+        kill_after: float | None = None,
         environment: dict[str, str] | None = None,
         **values: Any,
     ) -> None:
@@ -57,12 +58,13 @@ class Forks:
         Args:
             fault: name of a function of faults.py, called in each process before train.py with its rank and ``values``.
             patience: seconds that the others have, once one has failed; then they are killed.
+            kill_after: seconds after which all are killed.
             environment: more variables.
         """
         from conftest import free_port
 
         case = {"words": [str(word) for word in words], "world_size": world_size, "fault": fault, "values": values, "timeout": timeout}
-        case |= {"patience": patience, "port": free_port(), "output": str(self._folder), "environment": environment or {}}
+        case |= {"patience": patience, "kill_after": kill_after, "port": free_port(), "output": str(self._folder), "environment": environment or {}}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(case) + "\n")
         self._process.stdin.flush()
@@ -100,7 +102,7 @@ def serve() -> None:
         case = json.loads(line)
         outputs = [f"{case['output']}/{os.getpid()}-{number}-{rank}.txt" for rank in range(case["world_size"])]
         processes = [fork(case, rank, outputs[rank], faults) for rank in range(case["world_size"])]
-        codes, late = wait(processes, case["timeout"], case["patience"])
+        codes, late = wait(processes, case["timeout"], case["patience"], case["kill_after"])
         print(json.dumps({"ended": list(zip(codes, outputs, strict=True)), "late": late}), flush=True)
 
 
@@ -126,10 +128,10 @@ def fork(case: dict[str, Any], rank: int, output: str, faults: Any) -> int:
     os._exit(99)
 
 
-def wait(processes: list[int], timeout: float, patience: float) -> tuple[list[int], bool]:
-    """The exit codes, and whether somebody had to be killed because of the time; the others of one that failed are killed after ``patience``."""
+def wait(processes: list[int], timeout: float, patience: float, kill_after: float | None) -> tuple[list[int], bool]:
+    """The exit codes, and whether somebody did not end in time; the others of one that failed are killed after ``patience``."""
     codes: dict[int, int] = {}
-    deadline, late = time.monotonic() + timeout, False
+    deadline, late = time.monotonic() + (timeout if kill_after is None else kill_after), False
     while len(codes) < len(processes):
         for process in [process for process in processes if process not in codes]:
             ended, status = os.waitpid(process, os.WNOHANG)
@@ -138,7 +140,7 @@ def wait(processes: list[int], timeout: float, patience: float) -> tuple[list[in
                 if codes[process]:
                     deadline = min(deadline, time.monotonic() + patience)
             elif time.monotonic() > deadline:
-                late = late or not any(codes.values())
+                late = late or (kill_after is None and not any(codes.values()))
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.005)
     return [codes[process] for process in processes], late

@@ -308,7 +308,7 @@ class CheckpointManager:
 
     def _check_space(self, final: Path) -> None:
         """Whether the disk has room for as much as the newest checkpoint takes; raises SaveError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.folder)
         free = shutil.disk_usage(self.folder).free
         if free < self._bytes:
             raise SaveError(f"{final} cannot be written: it takes about {self._bytes / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there")
