@@ -76,9 +76,8 @@ def sync_path(path: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, as far as they are missing, and wait until the disk has their names."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in reversed(missing):
+    for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        path.mkdir(exist_ok=True)
         sync_path(path.parent)
 
 

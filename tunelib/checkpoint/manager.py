@@ -20,7 +20,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
 
 from tunelib import files
 from tunelib.checkpoint.dcp_reader import load_tensors, on_this_process_alone, root_cause
@@ -267,6 +269,21 @@ class CheckpointManager:
 
     def _write(self, tensors: dict[str, Tensor], state: RunState, kind: str) -> Path:
         final, begun = self._path(state.step), time.monotonic()
+        try:
+            is_finite = self._build(final, tensors, state, kind)
+        except SaveError:  # on every rank
+            if self.is_main:
+                shutil.rmtree(files.staging_of(final), ignore_errors=True)
+            raise
+        if not is_finite:
+            self._say(f"step {state.step}: the checkpoint holds numbers that are not finite, and counts for nothing")
+        self._saved_step = state.step
+        self._last_save_time = time.monotonic()
+        self._seconds = self._last_save_time - begun
+        return final
+
+    def _build(self, final: Path, tensors: dict[str, Tensor], state: RunState, kind: str) -> bool:
+        """Write and commit a step folder; whether all its numbers are finite."""
         on_main(lambda: self._check_space(final))
         is_finite = all(gather_objects(all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors.values() if tensor.is_floating_point())))
         staging = files.staging_of(final)
@@ -274,12 +291,7 @@ class CheckpointManager:
         with agreed(failed):
             if self.is_main:
                 files.make_staging(final)
-        try:
-            save_tensors(tensors, staging)
-        except SaveError as problem:  # raised on every rank
-            on_main(lambda: files.remove_folder(staging))
-            free = on_main(lambda: shutil.disk_usage(self.folder).free)
-            raise SaveError(f"{problem} ({free / 2**20:,.0f} MiB are free there now)") from None
+        save_tensors(tensors, staging)
         with agreed(failed):
             if self.is_main:
                 files.write_file(staging / STATE_FILE, state.to_json())
@@ -299,12 +311,7 @@ class CheckpointManager:
                 facts = {"kind": kind, "step": state.step, "finite": is_finite, "validation_loss": state.validation_loss}
                 files.commit_folder(staging, final, together, **facts)
                 self._retain()
-        if not is_finite:
-            self._say(f"step {state.step}: the checkpoint holds numbers that are not finite, and counts for nothing")
-        self._saved_step = state.step
-        self._last_save_time = time.monotonic()
-        self._seconds = self._last_save_time - begun
-        return final
+        return is_finite
 
     def _check_space(self, final: Path) -> None:
         """Whether the disk has room for as much as the newest checkpoint takes; raises SaveError."""
@@ -325,7 +332,10 @@ class CheckpointManager:
         if self.section.keep_best and losses:
             kept.add(min(losses, key=losses.__getitem__))
         for step in [step for step in manifests if step not in kept and good and step < good[-1]]:
-            files.remove_folder(self._path(step))
+            try:
+                files.remove_folder(self._path(step))
+            except OSError as problem:  # the new one is there, which is what counts
+                self._say(f"{self._path(step)} cannot be removed: {problem}")
 
     def _manifest(self, step: int) -> dict[str, Any]:
         """A step's manifest; empty where there is no readable one: such a folder neither counts nor goes."""
@@ -424,12 +434,23 @@ def list_changes(above: str, saved: dict[str, Any], today: dict[str, Any]) -> di
     return changed
 
 
+class Writer(dcp.FileSystemWriter):
+    """torch's writer, which says what the system said: torch.save in it hides that behind an error of its own."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        """Write this rank's files."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as problem:
+            raise problem.__context__ if isinstance(problem.__context__, OSError) else problem from None
+
+
 def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     """Write tensors as a DCP folder. Collective; raises SaveError on every rank."""
     error = None
     try:
         with on_this_process_alone() as alone:
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=alone, process_group=own_group())
+            dcp.save(tensors, storage_writer=Writer(folder), no_dist=alone, process_group=own_group())
     except (Exception, CheckpointException) as problem:
         error = SaveError(f"{folder} cannot be written: {root_cause(problem)}")
     agree(error)

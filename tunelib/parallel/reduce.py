@@ -63,18 +63,21 @@ def from_main(value: T) -> T:
 def agree(error: BaseException | None) -> None:
     """Raise on every rank what any rank met, so that none goes on alone and hangs; the lowest rank's error wins.
 
-    A rank that met one itself raises its own, with its traceback.
+    A rank that met one itself raises its own, with its traceback; the others one of the same class, where it is one of ours.
     """
-    met = gather_objects(None if error is None else (type(error).__name__, str(error), getattr(error, "exit_code", None)))
+    problem = (type(error), str(error)) if isinstance(error, TunelibError) else None if error is None else (None, f"{type(error).__name__}: {error}")
+    met = gather_objects(problem)
     if error is not None:
         if isinstance(error, TunelibError):
             error.agreed = True
         raise error
     for rank, problem in enumerate(met):
         if problem is not None:
-            name, text, exit_code = problem
-            elsewhere = TunelibError(f"rank {rank}: {text if exit_code is not None else f'{name}: {text}'}")
-            elsewhere.exit_code, elsewhere.agreed = exit_code or 1, True
+            kind, text = problem
+            elsewhere = (kind or TunelibError)(f"rank {rank}: {text}")
+            elsewhere.agreed = True
+            if kind is None:
+                elsewhere.exit_code = 1
             raise elsewhere
 
 

@@ -21,9 +21,9 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "config" / "messages.txt"
 def test_message_is_the_golden_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     lay_out(case, tmp_path, monkeypatch)
-    begun = time.monotonic()
+    begun = time.process_time()
     problems = problems_of(case)
-    assert time.monotonic() - begun < 1
+    assert time.process_time() - begun < 1
     golden = read_golden()
     if os.environ.get("UPDATE_GOLDEN"):
         golden[name] = problems
