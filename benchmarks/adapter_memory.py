@@ -58,10 +58,10 @@ def measure_here(toml: str, folder: str, steps: str) -> None:
     train = importlib.import_module("train")  # the program, watched from outside
     assert torch._dynamo
     found: dict[str, Any] = {}
-    step, check = train.train_step, train.check_finite
+    step, clip = train.train_step, train.clip_gradients
 
     def watched_step(model: Any, optimizer: Any, *words: Any) -> tuple[float, float]:
-        def look(*facts: Any) -> None:  # after the backward pass: all gradients are there
+        def look(*facts: Any) -> Any:  # after the backward pass: all gradients are there
             parameters = dict(model.named_parameters())
             adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
             found["trained"] = sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
@@ -69,9 +69,9 @@ def measure_here(toml: str, folder: str, steps: str) -> None:
             found["base_numbers"] = sum(module.in_features * module.out_features for module in adapted.values())
             found["grads"] = sum(parameter.grad.nbytes for parameter in parameters.values() if parameter.grad is not None)
             found["frozen_grads"] = sum(parameter.grad is not None for parameter in parameters.values() if not parameter.requires_grad)
-            check(*facts)
+            return clip(*facts)
 
-        train.check_finite = look
+        train.clip_gradients = look
         result = step(model, optimizer, *words)
         found["moments"] = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
         found["peak"] = resident_bytes("VmHWM") - before
