@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -55,7 +56,7 @@ def read_json(path: Path, error: type[TunelibError], missing: str = "is missing"
         missing: what is said of a file that is not there.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_read_text(path))
     except FileNotFoundError:
         raise error(f"{path} {missing}") from None
     except (OSError, ValueError, RecursionError) as problem:
@@ -208,7 +209,7 @@ def check_replaceable(final: Path, kind: str | None) -> None:
 def has_manifest(folder: Path) -> bool:
     """Whether a folder has a manifest of ours: others have files of that name too. One that cannot be read counts, as damaged."""
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = json.loads(_read_text(folder / MANIFEST))
     except FileNotFoundError:
         return False
     except (OSError, ValueError, RecursionError):
@@ -228,11 +229,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise CheckpointError(f"{path} is not a manifest of format {MANIFEST_FORMAT}")
     for name, entry in files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        if not lies_inside(name):
             raise CheckpointError(f"{path} names {name!r}, which lies outside the folder")
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), int) for key in ("size", "crc32")):
             raise CheckpointError(f"{path} does not give size and crc32 of {name!r}")
     return manifest
+
+
+def lies_inside(name: str) -> bool:
+    """Whether a relative name that a stranger's file gives is one that a file below its folder can have."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return not (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name)
 
 
 def find_damage(folder: Path, files: dict[str, dict[str, int]], names: Iterable[str]) -> list[str]:
@@ -266,27 +276,25 @@ def set_aside(folder: Path, reason: str) -> Path:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that an interruption leaves no half of it under its own name."""
-    if folder.is_symlink():
-        folder.unlink()
-    if not folder.exists():
+    if folder.is_symlink() or not folder.exists():
+        _remove(folder)
         return
     trash = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}{REMOVED}")
     if trash != folder:
-        if trash.exists():
-            shutil.rmtree(trash)
+        _remove(trash)
         os.rename(folder, trash)
         sync_path(folder.parent)
-    shutil.rmtree(trash)
+    _remove(trash)
 
 
 def remove_debris(folder: Path) -> None:
     """Remove what interrupted saves and removals left in a folder; an interrupted exchange is undone."""
     for path in folder.glob(f".*{OLD}"):
         name = folder / path.name[1:].removesuffix(OLD)
-        shutil.rmtree(path) if name.exists() else os.rename(path, name)
+        _remove(path) if name.exists() else os.rename(path, name)
     for path in folder.glob(".*"):
         if path.is_dir() and path.name.endswith((STAGING, REMOVED)):
-            shutil.rmtree(path)
+            _remove(path)
 
 
 @contextlib.contextmanager
@@ -347,6 +355,21 @@ def wait_for_lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Ite
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _read_text(path: Path) -> str:
+    """A file's text; raises OSError for what is no file, since a pipe or a device may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is not a file")
+    return path.read_text(encoding="utf-8")
 
 
 def _start_writing(descriptor: int, offset: int, count: int) -> None:

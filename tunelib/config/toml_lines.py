@@ -14,6 +14,8 @@ Path = tuple[str | int, ...]
 KEY_PART = re.compile(r"""[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'""")
 STRING = re.compile(r'"""(?:[^\\]|\\.)*?"""+|\'\'\'.*?\'\'\'+|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.DOTALL)
 SKIPPED = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
+DEEPEST = 100
+"""Names in a path; what is deeper is no setting, and the lines of all that is around it would fill the memory."""
 BLANK = re.compile(r"[ \t]*")
 PLAIN = re.compile(r"[^,\]}#\n]+")
 
@@ -86,11 +88,13 @@ class Scanner:
         self.read_value(path)
 
     def read_key(self) -> tuple[str, ...]:
-        names = []
+        names: list[str] = []
         while True:
             self.place = self.match(BLANK)
             part = KEY_PART.match(self.text, self.place)
             if part is None:
+                raise NotToml
+            if len(names) == DEEPEST:
                 raise NotToml
             names.append(plain_name(part[0]))
             self.place = part.end()
@@ -139,6 +143,8 @@ class Scanner:
 
     def note(self, path: Path, line: int) -> None:
         """The line of a path and of what is around it, where they stand for the first time."""
+        if len(path) > DEEPEST:
+            raise NotToml
         for depth in range(1, len(path) + 1):
             self.found.lines.setdefault(path[:depth], line)
 

@@ -28,9 +28,9 @@ from typing import Any, NoReturn, cast
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-import jinja2.sandbox
 import numpy as np
 
+from tunelib.data.sandbox import Sandbox
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import DataError
 
@@ -100,17 +100,16 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, name: str, source: str):
         self.tokenizer, self.name, self.source = tokenizer, name, source
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
-        )
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise_exception, strftime_now=DATE.strftime)
         try:
             self._template = environment.from_string(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"{self.name}:{error.lineno}: the chat template is not valid Jinja: {error}") from None
-        except (jinja2.TemplateError, RecursionError) as error:
+        except Exception as error:  # too deep for the parser or for Python's compiler, or a number with too many digits
             raise DataError(f"{self.name}: the chat template is not valid Jinja: {error}") from None
+        self._environment = environment
         self._has_generation_tags = bool(re.search(r"{%-?\s*generation\b", self.source))
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, *, add_generation_prompt: bool = False) -> str:
@@ -191,13 +190,16 @@ class ChatTemplate:
     def _render(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool, marks: str) -> str:
         """The rendering, with ``marks`` around what generation tags enclose."""
         given = [_name_reasoning({key: value for key, value in message.items() if value is not None}) for message in messages]
-        self._template.environment.globals[MARKS] = [*marks]
+        self._environment.globals[MARKS] = [*marks]
+        self._environment.start()
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=given, add_generation_prompt=add_generation_prompt, tools=tools, documents=None, **self.tokenizer.special
             )
+            text.encode()  # half of a surrogate pair, which a template may write, is nothing that a tokenizer reads
+            return text
         except Exception as error:  # a template is a program, and may fail in any way that programs do
-            raise DataError(f"{self.name}: the chat template refuses the conversation: {error}") from None
+            raise DataError(f"{self.name}: the chat template refuses the conversation: {error or type(error).__name__}") from None
 
     def _choose_break(self, messages: list[Message], tools: list[Any] | None) -> str:
         """A mark to break the special tokens with that a conversation spells out; "" where there is none."""
@@ -261,7 +263,7 @@ class ChatTemplate:
             pieces = re.split(f"{begin}([0-9]+){end}", self._render(marked, tools, False, marks))
         except DataError:
             return None  # a template that looks into answers
-        if [int(piece) for piece in pieces[1::2]] != answers:
+        if pieces[1::2] != list(map(str, answers)):
             return None
         contents = [messages[index]["content"] for index in answers]
         for candidate in (contents, [content.strip() for content in contents]):

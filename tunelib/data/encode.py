@@ -83,6 +83,12 @@ class Encoder:
         Raises:
             DataError: the row is not of the format, the template refuses it, or an id is not in the model's vocabulary.
         """
+        try:
+            return self._encode(row, where)
+        except RecursionError:
+            raise DataError(f"{where}: lists and objects are nested too deeply to be read") from None
+
+    def _encode(self, row: Row, where: str) -> Document:
         format, columns, plain = self.reading.format, self.reading.columns, not self.reading.parse_special_tokens
         remarks = 0
         if format == "tokens":

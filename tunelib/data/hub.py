@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunelib.config.schema import Source
 from tunelib.data.readers import RawRow
-from tunelib.errors import DataError
+from tunelib.errors import DataError, TunelibError
 
 if TYPE_CHECKING:
     import datasets
@@ -84,6 +84,12 @@ def stream_hub(source: Source) -> tuple["datasets.IterableDataset", str, str]:
     return dataset, commit, _digest_of(source, commit)
 
 
+def check_token(token: str | None, error: type[TunelibError]) -> None:
+    """Refuse a token that no header can hold, before it stands in a message of the network's library."""
+    if token is not None and not re.fullmatch(r"[!-~]*", token):
+        raise error("the token for the Hub (HF_TOKEN, or that of a login) holds a space or a character that no token has: copy it again")
+
+
 def _name(source: Source) -> str:
     return f"{source.hub}/{source.subset}" if source.subset else source.hub
 
@@ -132,7 +138,7 @@ def _build_checked(source: Source) -> tuple[Any, str]:
 
 def _resolve_commit(source: Source) -> str:
     """The commit that a revision names now, or named when the Hub was last asked if it does not answer."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, get_token, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -143,6 +149,7 @@ def _resolve_commit(source: Source) -> str:
     )
 
     revision = source.revision or "main"
+    check_token(get_token(), DataError)
     try:
         try:
             return Path(hf_hub_download(source.hub, "README.md", repo_type="dataset", revision=revision)).parent.name

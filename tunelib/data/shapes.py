@@ -209,7 +209,8 @@ def _read_flag(message: Message, where: str) -> bool | None:
     if len(set(map(bool, given.values()))) > 1:
         raise DataError(f"{where}: 'train' and 'weight' contradict each other")
     flag = next((bool(value) for value in given.values()), None)
-    if flag and message.get("role", SHAREGPT_ROLES.get(message.get("from", ""))) != "assistant":
+    role = message["role"] if "role" in message else SHAREGPT_ROLES[message["from"]]
+    if flag and role != "assistant":
         raise DataError(f'{where} is flagged to be trained, but only the assistant\'s are; dataset.train_on = "all" trains every token')
     return flag
 

@@ -5,17 +5,19 @@ text is parsed or left as plain text, place by place.
 """
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from tunelib.data.json_rows import find_lone_surrogate
 from tunelib.data.tokenizer_model import Converted, convert_tokenizer_model
 from tunelib.errors import DataError
 from tunelib.files import read_json
@@ -56,6 +58,9 @@ class Tokenizer:
         self.added = tuple(added)
         self._file = _find_file(folder)
         self._settings = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+        listed = self._settings.get("added_tokens_decoder", {})
+        if not isinstance(listed, dict) or not all(_is_token(token) for token in listed.values()):
+            raise DataError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is not a table of tokens")
         converted = self._convert() if self._file.suffix == ".model" else None
         self._tokenizer = _load(self._file, json.dumps(converted.content).encode() if converted else None)
         self._add_tokens()
@@ -106,10 +111,12 @@ class Tokenizer:
                 plain text. None parses all.
         """
         if special is None or (self._finds_all_special and list(special) == self.find_special(text)):
-            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            with _saying(f"{self._file} cannot encode a text"):
+                encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
             return Encoded(encoding.ids, encoding.offsets)
         if self._renamed is None or self._renamed.mark in text:
-            self._renamed = _Renamed(self._tokenizer, _choose_mark(text))
+            with _saying(f"{self._file} cannot tell special tokens from text"):
+                self._renamed = _Renamed(self._tokenizer, _choose_mark(text))
         return self._renamed.encode(text, add_special_tokens, special)
 
     def encode_document(self, text: str, *, parse_special_tokens: bool = False) -> Encoded:
@@ -184,7 +191,8 @@ class Tokenizer:
 
     def _probe_ends(self) -> tuple[list[int], list[int]]:
         """What post-processing puts before and after a text."""
-        encoding = self._tokenizer.encode("a", add_special_tokens=True)
+        with _saying(f"{self._file} cannot encode a text"):
+            encoding = self._tokenizer.encode("a", add_special_tokens=True)
         inner = [place for place, is_put in enumerate(encoding.special_tokens_mask) if not is_put] or [len(encoding.ids)]
         return encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]
 
@@ -248,7 +256,8 @@ class _Renamed:
             end = stop
             ends.append(end)
             renamed_ends.append(length)
-        encoding = self._tokenizer.encode("".join([*pieces, text[end:]]), add_special_tokens=add_special_tokens)
+        with _saying("the tokenizer cannot encode a text"):
+            encoding = self._tokenizer.encode("".join([*pieces, text[end:]]), add_special_tokens=add_special_tokens)
         if not special:
             return Encoded(encoding.ids, encoding.offsets)
 
@@ -307,22 +316,32 @@ def _load(file: Path, content: bytes | None = None) -> tokenizers.Tokenizer:
     Offsets include white space (trim_offsets = false): those of tokens that are only white space would else be empty. The setting
     is written by hand because parsing the whole file here would take as long as the library takes.
     """
-    try:
+    with _saying(f"{file} cannot be read"):
         content = file.read_bytes() if content is None else content
         tokenizer = tokenizers.Tokenizer.from_buffer(re.sub(rb'("trim_offsets"\s*:\s*)true\b', rb"\1false", content))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{file} cannot be read: {error}") from None
+    if not tokenizer.get_vocab_size():
+        raise DataError(f"{file} has no tokens")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
+@contextlib.contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Turn what the library raises, a bare Exception or a panic that is none, into a DataError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise DataError(f"{what}: {error}") from None
+
+
 def _check_companion_tokens(folder: Path, settings: dict[str, Any], id_of: Callable[[str], int | None]) -> None:
     """Refuse a tokenizer.model whose companions add tokens to it: how they split a text is known only to a tokenizer.json."""
-    listed = settings.get("added_tokens_decoder", {})
-    if not isinstance(listed, dict) or not all(_is_token(token) for token in listed.values()):
-        raise DataError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is not a table of tokens")
-    tokens = {_text_of(token): number for number, token in listed.items()} | _read_json(folder / "added_tokens.json")
+    tokens = {_text_of(token): number for number, token in settings.get("added_tokens_decoder", {}).items()} | _read_json(
+        folder / "added_tokens.json"
+    )
     for text, number in tokens.items():
         if str(id_of(text)) != str(number):
             raise DataError(
@@ -333,7 +352,12 @@ def _check_companion_tokens(folder: Path, settings: dict[str, Any], id_of: Calla
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, nothing where the file is missing; raises DataError."""
-    return read_json(path, DataError) if path.is_file() else {}
+    content = read_json(path, DataError) if path.is_file() else {}
+    with _saying(f"{path} cannot be read"):
+        half = find_lone_surrogate(content)
+    if half:
+        raise DataError(f"{path} holds {half}, which is half of a character; no tokenizer can read it")
+    return content
 
 
 def _to_json_bytes(content: dict[str, Any]) -> bytes:
@@ -361,7 +385,7 @@ def _find_template(folder: Path, settings: dict[str, Any]) -> str | None:
             raise DataError(f"{file} cannot be read: {error}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict) and isinstance(entry.get("name"), str)}
         if "default" not in named:
             raise DataError(f"{folder / 'tokenizer_config.json'}: chat_template is a list without one named 'default'")
         template = named["default"]

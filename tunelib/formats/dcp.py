@@ -5,6 +5,7 @@ own converters hold the whole model; here a chunk is read from where it lies, an
 """
 
 import io
+import os
 import pickle
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from tunelib.checkpoint.dcp_reader import SafeReader
+from tunelib.checkpoint.dcp_reader import SafeReader, Window
 from tunelib.errors import CheckpointError, FormatError
 from tunelib.files import ChecksummedFile
 from tunelib.formats.tensors import Piece, Region, TensorInfo, Untouched, Where
@@ -60,32 +61,6 @@ class Chunk:
         return region_of(tensor, self.path, self.start)
 
 
-class Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
-
-    def __init__(self, file: io.RawIOBase, start: int, length: int):
-        self._file, self._start, self._length, self._place = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
-        return self._place
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # the base class allows any buffer
-        self._file.seek(self._start + self._place)
-        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._place)]) or 0
-        self._place += count
-        return count
-
-
 def open_chunks(folder: Path) -> dict[str, list[Piece]]:
     """Every tensor of a DCP folder by its stored name, and its chunks.
 
@@ -96,10 +71,10 @@ def open_chunks(folder: Path) -> dict[str, list[Piece]]:
         found = _list_chunks(folder, SafeReader(folder).read_metadata())
     except CheckpointError as error:
         raise FormatError(str(error)) from None
-    except (AttributeError, TypeError, ValueError) as error:  # unpickled, but not whole
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:  # unpickled, but not whole
         raise FormatError(f"{folder / '.metadata'} cannot be read, it is damaged: {error}") from None
     for file in sorted({piece.stored.path for pieces in found.values() for piece in pieces if isinstance(piece.stored, Chunk)}):
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise FormatError(f"{file} is missing, which .metadata names")
     return found
 
@@ -115,7 +90,7 @@ def _list_chunks(folder: Path, metadata: Metadata) -> dict[str, list[Piece]]:
             if place is None or getattr(place, "transform_descriptors", None):
                 raise FormatError(f"{folder}: .metadata does not say where {name} at {list(chunk.offsets)} lies as plain bytes")
             numbers = (place.offset, place.length, *chunk.offsets, *chunk.sizes)
-            if not all(isinstance(number, int) and number >= 0 for number in numbers) or len(chunk.offsets) != len(chunk.sizes):
+            if not all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers) or len(chunk.offsets) != len(chunk.sizes):
                 raise ValueError(f"{name} has a chunk at {chunk.offsets} of {chunk.sizes}")
             stored = Chunk(folder / place.relative_path, place.offset, place.length, entry.properties.dtype, tuple(chunk.sizes))
             found.setdefault(name, []).append(Piece(stored, tuple(chunk.offsets)))

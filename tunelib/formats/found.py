@@ -135,7 +135,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise FormatError(f"{path}: weight_map does not give a file for each tensor")
     for file in weight_map.values():
-        if Path(file).name != file:
+        if Path(file).name != file or not files.lies_inside(file):
             raise FormatError(f"{path} names {file!r}, which lies outside the folder")
         if Path(file).suffix != Path(path.name.removesuffix(".index.json")).suffix:
             raise FormatError(f"{path} names {file!r}, which is not such a file as the index is for")

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
+from tunelib.data.hub import check_token
 from tunelib.errors import FormatError
+from tunelib.files import lies_inside
 
 COMPANIONS = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"),
@@ -50,6 +52,7 @@ def download_folder(
     Raises:
         FormatError: a gated repository, a wrong name or revision, no weights, or no way to the Hub; the text says what to do.
     """
+    check_token(get_token() if token is None else token, FormatError)
     with _saying_what_to_do(repo_id, revision, output_dir):
         info = HfApi(token=token).model_info(repo_id, revision=revision)
     files = [sibling.rfilename for sibling in info.siblings or ()]
@@ -59,6 +62,8 @@ def download_folder(
     wanted = left if include else choose_files(left)
     if not wanted:
         raise FormatError(f"--include and --exclude leave nothing of {repo_id}, which has {_first_of(files)}")
+    if outside := [name for name in wanted if not lies_inside(name)]:
+        raise FormatError(f"{repo_id} has {outside[0]!r}, which would lie outside of {output_dir}; nothing is fetched")
     with _saying_what_to_do(repo_id, revision, output_dir):
         names = [glob.escape(name) for name in wanted]
         path = Path(snapshot_download(repo_id, revision=info.sha, local_dir=output_dir, token=token, allow_patterns=names))

@@ -154,7 +154,10 @@ def open_adapter(folder: Path) -> StoredAdapter:
     stored = read_torch_file(folder / OLD_WEIGHTS_FILE) if is_old else read_safetensors(folder / WEIGHTS_FILE)
     tensors = {name.removeprefix(PREFIX): region for name, region in stored.items() if name.startswith(PREFIX)}
     beside = files.read_json(folder / BASE_FILE, FormatError) if (folder / BASE_FILE).is_file() else {}
-    template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8") if (folder / TEMPLATE_FILE).is_file() else None
+    try:
+        template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8") if (folder / TEMPLATE_FILE).is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{folder / TEMPLATE_FILE} cannot be read: {error}") from None
     use_rslora, use_dora = config.get("use_rslora") is True, config.get("use_dora") is True
     quantized = str(beside.get("quantize_base", "none"))
     adapter = StoredAdapter(folder, rank, alpha, use_rslora, use_dora, tensors, str(beside.get("base", "")), quantized, template)
@@ -181,7 +184,10 @@ def _read_config(config: dict[str, Any], path: Path) -> tuple[int, float]:
             is_plain = name in WITHOUT_EFFECT or not value
         if not is_plain:
             raise FormatError(f"{path}: {name} = {json.dumps(value)} is not read here; merge that adapter with PEFT, and start from the result")
-    return rank, float(alpha)
+    try:
+        return rank, float(alpha)
+    except OverflowError:
+        raise FormatError(f"{path}: lora_alpha is too large a number") from None
 
 
 def _find_problems(adapter: StoredAdapter) -> list[str]:

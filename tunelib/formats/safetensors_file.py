@@ -5,6 +5,7 @@ safetensors format, section "Format").
 """
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def read_safetensors(path: Path) -> dict[str, Region]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except FileNotFoundError:
-        raise FormatError(f"{path} {'cannot be read' if path.exists() else 'does not exist'}") from None
+        raise FormatError(f"{path} {'cannot be read' if os.path.exists(path) else 'does not exist'}") from None
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} cannot be read as safetensors: {error}") from None
     regions = {}

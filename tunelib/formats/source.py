@@ -99,7 +99,7 @@ def open_checkpoint(path: Path, fields: dict[str, Any] | None = None) -> StoredM
     family = family_of(config)
     prefix, is_meta = _find_naming(names, family, path)
     hf_names, skipped = _translate(names, prefix, is_meta, family, path)
-    expected = expected_shapes(config)
+    expected = _expect(config, len(hf_names), path, where)
     tensors: dict[str, StoredTensor] = {}
     entries: dict[str, list[Entry]] = {file: [] for file in found.partition}
     for stored_name, name in hf_names.items():
@@ -174,6 +174,16 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 
 # What the model is, and what its tensors are called
+
+
+def _expect(config: ModelConfig, num_stored: int, path: Path, where: str) -> Mapping[str, torch.Size]:
+    """`expected_shapes` of a config that a stranger wrote; raises FormatError for sizes that no model has."""
+    if config.num_hidden_layers > num_stored:
+        raise FormatError(f"{path} does not fit {where}: num_hidden_layers = {config.num_hidden_layers}, but only {num_stored} tensors are stored")
+    try:
+        return expected_shapes(config)
+    except (RuntimeError, TypeError) as error:  # torch counts in 64 bits
+        raise FormatError(f"{where}: a model of these sizes cannot be built: {str(error).splitlines()[0]}") from None
 
 
 def _find_fields(kind: str, folder: Path, given: dict[str, Any] | None, found: Found) -> tuple[dict[str, Any], str]:

@@ -273,8 +273,10 @@ def blocks_of(shape: tuple[int, ...]) -> Iterator[Where]:
     if not shape:
         yield ()
         return
-    row = max(1, torch.Size(shape[1:]).numel())
+    row = max(1, math.prod(shape[1:]))
     step = max(1, BLOCK_ELEMENTS // row)
+    if 0 in shape:
+        return
     for first in range(0, shape[0], step):
         yield (slice(first, min(first + step, shape[0])), *(slice(0, size) for size in shape[1:]))
 

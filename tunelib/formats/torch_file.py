@@ -23,6 +23,7 @@ from tunelib.files import ChecksummedFile
 from tunelib.formats.tensors import Region, TensorInfo, Untouched, blocks_of_bytes
 
 ALIGNMENT = 64
+MOST_UNPICKLED_BYTES = 1 << 30  # of what is no tensor's: 200 bytes say what a tensor is
 LOCAL_HEADER_BYTES = 30  # of a zip record, before its name
 ZIP64_BYTES = 20  # of the field in a local header that gives large sizes
 SIZES_FOLLOW = 0x08  # the flag of a record with size and checksum behind its bytes
@@ -85,6 +86,8 @@ def read_layout(file: IO[bytes], path: Path) -> Any:
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise FormatError(f"{path} holds a sparse or quantized tensor; only plain ones are read")
         storage = tensor.untyped_storage()
+        if tensor.numel() * tensor.dtype.itemsize > storage.nbytes():
+            raise FormatError(f"{path} holds a tensor of {tensor.numel()} numbers in {storage.nbytes()} bytes; only plain ones are read")
         if storage.nbytes() > places.get(storage._checkpoint_offset or 0, -1):  # torch works places out from what it knows of its own files
             raise FormatError(f"{path} is not laid out as torch.save does: load it with torch.load and save it again")
     return content
@@ -98,12 +101,15 @@ def _find_records(file: IO[bytes]) -> dict[int, int]:
     Raises:
         ValueError: the archive was not stored plainly; BadZipFile: it is damaged.
     """
-    places = {}
+    places, num_unpickled = {}, 0
     with zipfile.ZipFile(file) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{record.filename} is compressed")
             is_data = record.filename.split("/")[1:2] == ["data"]
+            num_unpickled += 0 if is_data else record.file_size
+            if num_unpickled > MOST_UNPICKLED_BYTES:
+                raise ValueError(f"{record.filename} says that it has {record.file_size} bytes")
             content = b"" if is_data else archive.read(record)
             if record.filename.endswith("/byteorder") and content != b"little":
                 raise ValueError("its numbers are not little-endian")
@@ -114,9 +120,17 @@ def _find_records(file: IO[bytes]) -> dict[int, int]:
 
 
 def _list_tensors(content: Any) -> list[Tensor]:
-    if isinstance(content, Tensor):
-        return [content]
-    return [tensor for value in content.values() for tensor in _list_tensors(value)] if isinstance(content, Mapping) else []
+    """The tensors of nested mappings, each mapping looked at once: one may hold itself, or another many times over."""
+    waiting, seen = [content], set[int]()
+    tensors = []
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, Mapping) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values()
+    return tensors
 
 
 def _place_of(tensor: Tensor) -> int:
