@@ -306,7 +306,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """
     try:
         make_folder(folder)
-        file = open(folder / ".lock", "w")  # noqa: SIM115  (the with is below, outside of the try)
+        file = open(folder / ".lock", "a")  # noqa: SIM115  (the with is below, outside of the try)
     except OSError as error:
         raise ConfigError(f"job.dump_folder: {folder} cannot be written: {error.strerror}") from None
     with file:
@@ -326,7 +326,7 @@ def hold_name(final: Path) -> Iterator[None]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     path = final.with_name(f".{final.name}{LOCK}")
-    with open(path, "w") as file:
+    with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
@@ -348,7 +348,7 @@ def wait_for_lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Ite
         waiting: called once where another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

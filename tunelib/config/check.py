@@ -157,8 +157,9 @@ def find_degree_fault(checked: Checked) -> Iterator[str]:
     product, degrees = multiply_degrees(parallelism, world_size)
     if product != world_size:
         processes = "1 process" if world_size == 1 else f"{world_size} processes"
-        place = checked.first_at(*[key for key in DEGREES if checked.value(key) != 1])
+        place = checked.first_at(*[key for key in DEGREES if checked.value(key) != 1], *DEGREES)
         shown = " × ".join(f"{key.removesuffix('_degree').removeprefix('parallelism.')} {degree}" for key, degree in degrees.items() if degree != 1)
+        shown = shown or "each is 1"
         others = product // degrees["parallelism.data_parallel_shard_degree"]
         hint = f"set data_parallel_shard_degree to {'-1' if others == 1 else world_size // others}, or " if world_size % others == 0 else ""
         yield f"{place}: the degrees multiply to {product} ({shown}), but the run has {processes}; {hint}start with NGPU={product}"
