@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -33,14 +33,7 @@ from tunelib.data.stream import Ranks, StreamData
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import CheckpointError, Stopped, TunelibError
 from tunelib.files import replace_file
-from tunelib.formats.load import (
-    check_weights,
-    check_weights_path,
-    fill,
-    find_tokenizer_folder,
-    find_weights,
-    plan_export_of,
-)
+from tunelib.formats.load import check_weights, check_weights_path, fill, find_tokenizer_folder, find_weights, plan_export_of
 from tunelib.formats.peft import check_adapter, export_adapter, open_adapter, trained_shapes
 from tunelib.formats.prove import describe_export, export_model
 from tunelib.formats.source import expected_shapes
@@ -233,6 +226,11 @@ def main(argv: list[str]) -> None:
             with watchdog.watch("a save"):
                 manager.save_and_go_on(*capture())
 
+        def raise_stopped() -> NoReturn:
+            with watchdog.watch("the last save"):
+                done = manager.save_in_time(*capture(), stop.seconds_since)
+            raise Stopped(f"stopped after step {progress.step} by a signal, {done}")
+
         def pass_over(loss: float, grad_norm: float) -> None:
             """A step whose numbers are not finite: written down, and then what on_nonfinite says."""
             at_fault, is_first = progress.step + 1, not progress.passed_over
@@ -244,8 +242,11 @@ def main(argv: list[str]) -> None:
             samples.cut(progress.step)
 
         stop.wait_for_steps()
-        if progress.step == 0:
+        is_unvalidated = held_out is not None and decision.resumed is not None and progress.validation_loss is None
+        was_cut = is_unvalidated and (progress.step % config.validation.freq == 0 or progress.step == num_steps)  # by the signal that ended the run
+        if progress.step == 0 or was_cut:
             validate()
+        if progress.step == 0:
             show_samples()
 
         # The loop, which ends early, saved, where a signal asks for it.
@@ -294,13 +295,14 @@ def main(argv: list[str]) -> None:
                 raise TunelibError(f"stopped after step {step} by a signal; nothing was saved: checkpoint.enable_checkpoint is false")
             if step == 0:
                 raise Stopped("stopped by a signal before the first step; the same command begins again")
-            with watchdog.watch("the last save"):
-                raise Stopped(f"stopped after step {step} by a signal, {manager.save_in_time(*capture(), stop.seconds_since)}")
+            raise_stopped()
 
         # Close: the last validation and samples, the last checkpoint, the export, one summary.
-        if step >= first_step:
+        if step >= first_step or was_cut:
             if progress.validation_loss is None:
                 validate()
+            if progress.validation_loss is None and held_out is not None and config.checkpoint.enable_checkpoint:
+                raise_stopped()
             show_samples()
         checkpoint = None
         if config.checkpoint.enable_checkpoint and config.checkpoint.model_weights_only:

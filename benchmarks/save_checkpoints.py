@@ -4,7 +4,7 @@
 
 Trains a Llama of 50 million parameters (a state of 600 MB with AdamW's moments) with train.py on one process and saves every sixth step: in the
 foreground, in the background, and so on by turns, every run in a process of its own. "call" is the time from the call to its return, while
-no training goes on; "first" is that of the first save, for which the copies' memory is made. "steps" are the seconds of steps with nothing beside them, and
+no training goes on; "first" is that of the first save, which makes the memory of the copies. "steps" are the seconds of steps alone, and
 of those that began while a save was being written. Only the ratios of one table mean something.
 """
 

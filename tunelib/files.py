@@ -2,7 +2,7 @@
 
 This is the only code that gives a folder its final name. A folder is built under a staging name (a leading dot, so that no
 reader takes it for the real thing) and exists once `commit_folder` has returned: every file is on disk, the manifest, written
-last, holds each file's size and crc32, and the parent directory knows the new name.
+last, holds each file's size and crc32 and, of itself, a crc32 too, and the parent directory knows the new name.
 """
 
 import concurrent.futures
@@ -23,7 +23,9 @@ from zlib_ng.zlib_ng import crc32
 from tunelib.errors import CheckpointError, ConfigError, TunelibError
 
 MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
+OLDER_FORMAT = 1
+"""Of manifests without a checksum of their own, which are read as they are."""
 # Endings of what is being built, removed, or exchanged; what carries them is ours to clear away, so nobody else's may.
 STAGING, REMOVED, OLD, LOCK = ".tunelib-staging", ".tunelib-removed", ".tunelib-old", ".tunelib-lock"
 CHUNK_BYTES = 1 << 22
@@ -177,7 +179,8 @@ def commit_folder(staging: Path, final: Path, files: dict[str, dict[str, int]], 
         sync_path(staging / name)
     for directory in {(staging / name).parent for name in files} | {staging}:
         sync_path(directory)
-    write_file(staging / MANIFEST, json.dumps({"format": MANIFEST_FORMAT, **facts, "files": files}, indent=1) + "\n")
+    manifest = {"format": MANIFEST_FORMAT, **facts, "files": files}
+    write_file(staging / MANIFEST, json.dumps(manifest | {"crc32": _checksum(manifest)}, indent=1) + "\n")
     sync_path(staging)
     if final.exists():
         _exchange(staging, final)
@@ -226,8 +229,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     manifest = read_json(path, CheckpointError, "is missing: the folder was never finished")
     files = manifest.get("files")
-    if not isinstance(files, dict) or manifest.get("format") != MANIFEST_FORMAT:
+    if not isinstance(files, dict) or manifest.get("format") not in (OLDER_FORMAT, MANIFEST_FORMAT):
         raise CheckpointError(f"{path} is not a manifest of format {MANIFEST_FORMAT}")
+    if manifest["format"] != OLDER_FORMAT and manifest.pop("crc32", None) != _checksum(manifest):
+        raise CheckpointError(f"{path} is damaged: its checksum is not the one at its end")
     for name, entry in files.items():
         if not lies_inside(name):
             raise CheckpointError(f"{path} names {name!r}, which lies outside the folder")
@@ -243,6 +248,11 @@ def lies_inside(name: str) -> bool:
     except UnicodeEncodeError:  # half of a surrogate pair
         return False
     return not (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name)
+
+
+def _checksum(manifest: dict[str, Any]) -> int:
+    """Of what a manifest says, however it is written."""
+    return crc32(json.dumps(manifest).encode())
 
 
 def find_damage(folder: Path, files: dict[str, dict[str, int]], names: Iterable[str]) -> list[str]:

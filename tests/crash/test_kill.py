@@ -21,22 +21,14 @@ import torch
 from conftest import TABLE, Run, write_chats, write_toml
 from crash.disk import Change, Disk, read_changes, read_tree, write_tree
 from crash.forks import Forks
+from crash.same import load_state
 
-from tunelib.checkpoint.dcp_reader import SafeReader, load_tensors
 from tunelib.checkpoint.manager import CheckpointManager
 from tunelib.config.schema import Checkpoint
 
 pytestmark = pytest.mark.timeout(1500)
 STEPS, INTERVAL = 6, 2
 LANES = 2
-
-
-def load_state(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a step folder."""
-    metadata = SafeReader(folder).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
-    load_tensors(tensors, folder)
-    return tensors
 
 
 @dataclass(frozen=True)

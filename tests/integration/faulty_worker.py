@@ -28,15 +28,12 @@ def faulty_step(model, optimizer, work, *words):
     if not (work.number in FAULT["steps"] and IS_HERE) or FAULT.setdefault("done", []).count(work.number) >= FAULT.get("times", 1):
         return take_step(model, optimizer, work, *words)
     FAULT["done"].append(work.number)
-    parameter = model.model.norm.weight
     if FAULT["what"] == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif FAULT["what"] == "sleep":
         time.sleep(1000)
     elif FAULT["what"] == "weight":
-        local(parameter.detach()).view(-1)[:1] = math.nan
-    elif FAULT["what"] == "moment":
-        local(optimizer.state[parameter]["exp_avg"]).view(-1)[:1] = math.nan
+        local(model.model.norm.weight.detach()).view(-1)[:1] = math.nan
     elif FAULT["what"] == "gradient":
         train.clip_gradients = spoil_gradient
     return take_step(model, optimizer, work, *words)

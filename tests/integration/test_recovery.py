@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, Run, free_port, write_chats, write_toml
+from crash.same import check_same_tensors, load_state
 
 from tunelib.errors import SaveError
 
@@ -40,64 +41,26 @@ def run_faulty(fault: dict[str, Any], world_size: int, *words: str, timeout: int
     return [(worker.returncode, output) for worker, output in zip(workers, said, strict=True)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("what", ["gradient", "weight"])
-def test_numbers_that_are_not_finite_stop_the_run_by_default(tmp_path: Path, toml: Path, what: str, world_size: int) -> None:
-    words = [str(toml), "--job.dump_folder", str(tmp_path / "run"), "--training.steps", "6"]
-    for code, said in run_faulty({"what": what, "steps": [4], "rank": world_size - 1}, world_size, *words):
-        assert code == 1, said
-        assert "Traceback" not in said
-    run = Run(tmp_path / "run")
-    assert len(run.series("loss")) == 3
-    (row,) = [json.loads(line) for line in (run.folder / "nonfinite.jsonl").read_text().splitlines()]
-    assert row["step"] == 4
-    assert all("chats.jsonl" in document for document in row["documents"])
-    assert sorted(path.name for path in (run.folder / "checkpoint").iterdir()) == ["step-2"]
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_skipped_step_leaves_all_as_it_was(tmp_path: Path, toml: Path, world_size: int) -> None:
-    """The step after it sees the same weights and moments: its loss is that of a run whose data has no such step, and a resumed run goes on alike."""
+def test_skipped_step_leaves_all_as_it_was(tmp_path: Path, toml: Path) -> None:
     words = [str(toml), "--training.steps", "6", "--training.on_nonfinite", "skip", "--checkpoint.interval", "1", "--job.dump_folder"]
-    for code, said in run_faulty({"what": "gradient", "steps": [4], "rank": world_size - 1}, world_size, *words, str(tmp_path / "run")):
-        assert code == 0, said
+    ((code, said),) = run_faulty({"what": "gradient", "steps": [4]}, 1, *words, str(tmp_path / "run"))
+    assert code == 0, said
     run = Run(tmp_path / "run")
     assert [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in run.rows() if "passed_over" in row] == [4]
     before, after = (load_state(run.folder / f"checkpoint/step-{step}") for step in (3, 4))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], tensor) for name, tensor in after.items() if not name.startswith("rng."))
-    state = json.loads((run.folder / "checkpoint/step-6/state.json").read_text())
-    assert state["passed_over"] == [4]
-    # The same from the checkpoint before: what is passed over is part of the state.
-    for step in (5, 6):
-        (run.folder / f"checkpoint/step-{step}").rename(run.folder / f"checkpoint/other-{step}")
-    losses = run.series("loss")
-    for code, said in run_faulty({"what": "none", "steps": []}, world_size, *words, str(run.folder)):
-        assert code == 0, said
-    assert run.series("loss") == losses
+    check_same_tensors(after, before)
 
 
-@pytest.mark.parametrize(("what", "resume"), [("weight", "auto"), ("moment", "never")])
-def test_run_goes_back_to_the_newest_checkpoint(tmp_path: Path, toml: Path, what: str, resume: str) -> None:
-    words = [str(toml), "--training.steps", "8", "--training.on_nonfinite", "rollback", "--checkpoint.resume", resume]
-    words += ["--job.dump_folder", str(tmp_path / "run")]
-    ((code, said),) = run_faulty({"what": what, "steps": [4]}, 1, *words)
+def test_run_goes_back_to_the_newest_checkpoint(tmp_path: Path, toml: Path) -> None:
+    words = [str(toml), "--training.steps", "8", "--training.on_nonfinite", "rollback", "--job.dump_folder", str(tmp_path / "run")]
+    ((code, said),) = run_faulty({"what": "weight", "steps": [4]}, 1, *words)
     assert code == 0, said
     run = Run(tmp_path / "run")
-    at_fault = 4 if what == "weight" else 5  # a moment reaches the weights in its step, and the loss in the next
     assert [row["step"] for row in run.rows()] == list(range(1, 9))
-    assert [row["step"] for row in run.rows() if "passed_over" in row] == [at_fault]
+    assert [row["step"] for row in run.rows() if "passed_over" in row] == [4]
     assert all(math.isfinite(loss) for loss in run.series("loss"))
     assert all(torch.isfinite(weight).all() for weight in run.weights().values())
-
-
-def test_run_stops_when_too_many_steps_were_passed_over(tmp_path: Path, toml: Path) -> None:
-    words = [str(toml), "--training.steps", "9", "--training.on_nonfinite", "skip", "--training.max_nonfinite_steps", "2"]
-    ((code, said),) = run_faulty({"what": "gradient", "steps": [2, 4, 6]}, 1, *words, "--job.dump_folder", str(tmp_path / "run"))
-    assert code == 1
-    assert "step 6: loss" in said
-    assert "after 2 steps were passed over (training.max_nonfinite_steps)" in said
 
 
 def test_saving_in_the_background_saves_the_state_of_its_step(train: Callable[..., Run], toml: Path) -> None:
@@ -105,8 +68,7 @@ def test_saving_in_the_background_saves_the_state_of_its_step(train: Callable[..
     run = train(toml, "--training.steps", "6", "--checkpoint.keep_latest_k", "0", "--checkpoint.async_mode", "async")
     for step in (2, 4, 6):
         expected, found = (load_state(folder / f"checkpoint/step-{step}") for folder in (plain.folder, run.folder))
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
+        check_same_tensors(found, expected)
 
 
 def test_two_processes_save_in_the_background_while_they_train(tmp_path: Path, toml: Path) -> None:
@@ -207,13 +169,3 @@ def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def load_state(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a step folder."""
-    from tunelib.checkpoint.dcp_reader import SafeReader, load_tensors
-
-    metadata = SafeReader(folder).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
-    load_tensors(tensors, folder)
-    return tensors

@@ -144,6 +144,26 @@ def test_hostile_manifest_is_refused_by_name(tmp_path: Path, content: Any) -> No
         files.read_manifest(tmp_path / "step-1")
 
 
+@pytest.mark.parametrize(
+    ("said", "instead"), [('"step": 6', '"step": 7'), ("true", "null"), ('"full"', '"seed"'), ('"a"', '"b"'), ('"format": 2', '"format": 3')]
+)
+def test_manifest_whose_words_were_changed_is_refused(tmp_path: Path, said: str, instead: str) -> None:
+    commit(tmp_path / "step-6", {"a": "1"}, kind="full", step=6, finite=True)
+    content = (tmp_path / "step-6" / files.MANIFEST).read_text()
+    assert content.count(said) == 1
+    write_manifest(tmp_path / "step-6", content.replace(said, instead))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is (damaged|not a manifest)"):
+        files.read_manifest(tmp_path / "step-6")
+
+
+def test_manifest_without_a_checksum_of_its_own_is_one_of_the_earlier_format(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "old", {"format": files.OLDER_FORMAT, "files": {"a": GOOD}})
+    assert files.read_manifest(tmp_path / "old")["files"] == {"a": GOOD}
+    write_manifest(tmp_path / "new", {"format": files.MANIFEST_FORMAT, "files": {"a": GOOD}})
+    with pytest.raises(CheckpointError, match="its checksum is not the one at its end"):
+        files.read_manifest(tmp_path / "new")
+
+
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "", "."], ids=["nul", "too long", "empty", "dot"])
 def test_name_that_is_no_file_is_damage_or_refused(tmp_path: Path, name: str) -> None:
     write_manifest(tmp_path / "step-1", {"format": 1, "files": {name: GOOD}})

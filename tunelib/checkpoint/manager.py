@@ -28,7 +28,7 @@ from tunelib import files
 from tunelib.checkpoint.dcp_reader import load_tensors, on_this_process_alone, root_cause
 from tunelib.checkpoint.state import STATE_FILE, RunState, read_run_state
 from tunelib.config.schema import Checkpoint
-from tunelib.errors import CheckpointError, SaveError
+from tunelib.errors import CheckpointError, NumbersError, SaveError
 from tunelib.parallel.reduce import agree, agreed, deal, from_main, gather_objects, local, on_main, own_group, speaking_over
 
 STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -181,6 +181,8 @@ class CheckpointManager:
             manifest, problem = files.read_manifest(self._path(step)), None
             if manifest.get("kind") not in KINDS:
                 problem = f"{self._path(step) / files.MANIFEST} does not say of which kind it is"
+            elif (stated := manifest.get("step", step)) != step:
+                problem = f"{self._path(step) / files.MANIFEST} is that of step {stated}"
         except CheckpointError as error:
             manifest, problem = {}, str(error)
         manifest, problem = from_main((manifest, problem))
@@ -219,9 +221,19 @@ class CheckpointManager:
 
         Raises:
             SaveError: on every rank, where any of them could not write; the folder has no new step then.
+            NumbersError: on every rank: what was written is not finite. A training step need not see that, but nobody should be given it.
         """
         self.wait()
-        return self._write(tensors, state, kind) if state.step != self._saved_step else None
+        if state.step == self._saved_step:
+            return None
+        if not self._write(tensors, state, kind):
+            error = NumbersError(
+                f"{self._path(state.step)} holds numbers that are not finite, and counts for nothing; the same command goes on from the newest good "
+                "checkpoint, if there is one, with the same data: give it a lower --optimizer.lr, or weights that are finite"
+            )
+            error.agreed = True
+            raise error
+        return self._path(state.step)
 
     def save_and_go_on(self, tensors: dict[str, Tensor], state: RunState) -> None:
         """`save` in the midst of training: in the background where ``async_mode`` asks for it, and failures are told, and borne for a while.
@@ -267,7 +279,8 @@ class CheckpointManager:
                 raise
             self._say(f"NOT SAVED ({self._num_failed} in a row; checkpoint.max_failed_saves = {self.section.max_failed_saves}): {error}")
 
-    def _write(self, tensors: dict[str, Tensor], state: RunState, kind: str) -> Path:
+    def _write(self, tensors: dict[str, Tensor], state: RunState, kind: str) -> bool:
+        """Write and commit ``step-N``; whether all its numbers are finite."""
         final, begun = self._path(state.step), time.monotonic()
         try:
             is_finite = self._build(final, tensors, state, kind)
@@ -280,10 +293,9 @@ class CheckpointManager:
         self._saved_step = state.step
         self._last_save_time = time.monotonic()
         self._seconds = self._last_save_time - begun
-        return final
+        return is_finite
 
     def _build(self, final: Path, tensors: dict[str, Tensor], state: RunState, kind: str) -> bool:
-        """Write and commit a step folder; whether all its numbers are finite."""
         on_main(lambda: self._check_space(final))
         is_finite = all(gather_objects(all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors.values() if tensor.is_floating_point())))
         staging = files.staging_of(final)

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import datetime
 import logging
+import math
 import os
 import random
 import signal
@@ -24,6 +25,8 @@ from tunelib.errors import EXIT_CODE_FILE, ConfigError, Stopped, TunelibError
 from tunelib.files import check_replaceable, lock_folder, remove_debris
 from tunelib.parallel.reduce import agreed
 
+ONE_SIGNAL_SECONDS = 2.0
+"""Within this time signals are one: where a scheduler signals all processes of a job, torchrun passes it on to its workers besides."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -123,7 +126,7 @@ class StopSignal:
     """Whether somebody wants the run to end: Ctrl-C, or SIGTERM or SIGUSR1 from a scheduler. A second signal ends it at once."""
 
     def __init__(self) -> None:
-        self.received, self._when, self._waits = False, 0.0, False
+        self.received, self._when, self._waits = False, -math.inf, False
 
     def wait_for_steps(self) -> None:
         """From now on there is something to save, and a signal waits for the step in hand; before, it ends the run where it is."""
@@ -143,11 +146,14 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: object) -> None:
+        if time.monotonic() - self._when < ONE_SIGNAL_SECONDS:
+            return
         if self.received:
             end_at_once(1)
+        self._when = time.monotonic()
         if not self._waits:
             raise Stopped("stopped by a signal before training began; the same command begins again")
-        self.received, self._when = True, time.monotonic()
+        self.received = True
 
 
 def resolve_dtypes(training: Training, device: torch.device) -> tuple[torch.dtype, torch.dtype, torch.dtype]:

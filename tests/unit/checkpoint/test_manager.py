@@ -59,7 +59,7 @@ def damage(folder: Path, step: int, how: str = "flipped") -> None:
     elif how == "manifest without kind":
         manifest = json.loads((path / files.MANIFEST).read_text())
         del manifest["kind"]
-        (path / files.MANIFEST).write_text(json.dumps(manifest))
+        (path / files.MANIFEST).write_text(json.dumps(manifest | {"format": files.OLDER_FORMAT}))
 
 
 def loaded_value(manager: CheckpointManager, decision: Decision) -> float:
@@ -135,6 +135,15 @@ def test_manifest_that_does_not_say_its_kind_is_damage(tmp_path: Path) -> None:
     decision = begin(make_manager(tmp_path))
     assert decision.state is not None
     assert decision.state.step == 1
+
+
+def test_whole_folder_of_another_step_is_damage(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "checkpoint/step-2").rename(tmp_path / "checkpoint/step-3")
+    decision = begin(make_manager(tmp_path))
+    assert decision.state is not None
+    assert decision.state.step == 1
+    assert "step-3/manifest.json is that of step 2" in decision.sentence
 
 
 @pytest.mark.parametrize("name", ["step-007", "step-x", "step-", "step-3.damaged-0", "step-٣", "notes"])

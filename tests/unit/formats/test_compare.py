@@ -32,7 +32,7 @@ def write(folder: Path, tensors: State, manifest: bool = False, **changes: Any) 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     if manifest:
         described = files.describe_files(folder, files.list_files(folder))
-        (folder / files.MANIFEST).write_text(json.dumps({"format": files.MANIFEST_FORMAT, "files": described}))
+        (folder / files.MANIFEST).write_text(json.dumps({"format": files.OLDER_FORMAT, "files": described}))
     return open_checkpoint(folder)
 
 
