@@ -286,8 +286,9 @@ def set_aside(folder: Path, reason: str) -> Path:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that an interruption leaves no half of it under its own name."""
-    if folder.is_symlink() or not folder.exists():
-        _remove(folder)
+    if folder.is_symlink():
+        folder.unlink()
+    if not folder.exists():
         return
     trash = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}{REMOVED}")
     if trash != folder:

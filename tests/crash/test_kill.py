@@ -215,33 +215,36 @@ def test_power_loss_at_every_change_of_a_run(
 
 def kill_at_random(tmp_path: Path, lanes: list[Forks], references: dict[int, Reference], kills: int) -> None:
     """Runs of one and two processes, saving in the foreground and the background, half of them on a slow disk, killed at any time, and again."""
-    chance = random.Random(kills)
-    cases = [(number, 1 + number % 2, ("disabled", "async")[number // 2 % 2], chance.random(), chance.random()) for number in range(kills // 2)]
     outcomes = Counter[str]()
+    kinds = list(itertools.product((1, 2), ("disabled", "async"), (0.0, 0.001)))
 
-    def kill(lane: Forks, case: tuple[int, int, str, float, float]) -> int:
-        number, world_size, mode, *whens = case
-        reference, folder = references[world_size], tmp_path / f"run-{number}"
-        words = [*reference.words, "--checkpoint.async_mode", mode]
-        slow = {"fault": "disk", "under": str(folder / "checkpoint"), "wait": 0.001} if number % 4 < 2 else {}
-        for when in whens:  # the second one while it comes back
-            ended = lane.run([*words, "--job.dump_folder", folder], world_size, **slow, kill_after=when * (2.0 if slow else 1.5))
-            codes = [each.code for each in ended]
-            outcomes["had ended" if codes == [0] * world_size else "killed"] += 1
-        first, *others = lane.run([*words, "--job.dump_folder", folder], world_size)
-        assert [first.code, *(ended.code for ended in others)] == [0] * world_size, first.said
-        assert "damaged" not in first.said
-        reference.check(folder)
-        shutil.rmtree(folder)
-        step = resumed_step(first.said)
-        outcomes[f"from step {step}"] += 1
-        return step
+    def kill(lane: Forks, seed: int) -> None:
+        chance, killed, number = random.Random(seed), 0, 0
+        while killed < kills // LANES:
+            world_size, mode, wait = kinds[number % len(kinds)]
+            reference, folder = references[world_size], tmp_path / f"run-{seed}-{number}"
+            words = [*reference.words, "--checkpoint.async_mode", mode]
+            slow = {"fault": "disk", "under": str(folder / "checkpoint"), "wait": wait} if wait else {}
+            for _ in range(2):  # the second time while it comes back
+                when = chance.uniform(0.1, 0.6) * world_size + chance.uniform(0, 300) * wait
+                codes = [ended.code for ended in lane.run([*words, "--job.dump_folder", folder], world_size, **slow, kill_after=when)]
+                killed += codes != [0] * world_size
+                outcomes["ended before"] += codes == [0] * world_size
+            first, *others = lane.run([*words, "--job.dump_folder", folder], world_size)
+            assert [first.code, *(ended.code for ended in others)] == [0] * world_size, first.said
+            assert "damaged" not in first.said
+            reference.check(folder)
+            shutil.rmtree(folder)
+            outcomes[f"went on from step {resumed_step(first.said)}"] += 1
+            number += 1
+        outcomes["SIGKILLs"] += killed
+        outcomes["runs"] += number
 
     begun = time.monotonic()
-    share(lanes, cases, kill)
-    counts = ", ".join(f"{number} {what}" for what, number in sorted(outcomes.items()))
-    TABLE.append(f"killed at random: {kills} SIGKILLs for {len(cases)} runs, all ended bit for bit: {counts} ({time.monotonic() - begun:.0f} s)")
-    assert outcomes["killed"] > kills / 2
+    share(lanes, list(range(LANES)), kill)
+    counts = ", ".join(f"{number} {what}" for what, number in sorted(outcomes.items()) if what not in ("SIGKILLs", "runs"))
+    whole = f"{outcomes['SIGKILLs']} SIGKILLs for {outcomes['runs']} runs, all ended bit for bit"
+    TABLE.append(f"killed at random: {whole}: {counts} ({time.monotonic() - begun:.0f} s)")
 
 
 @pytest.mark.crash
