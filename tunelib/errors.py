@@ -6,8 +6,9 @@ TunelibError
 ├── FormatError       weights or a config.json that cannot be read as asked   exit code 2
 ├── CheckpointError   a checkpoint that is missing, damaged or does not fit   exit code 2
 │   └── SaveError     writing one failed: the disk's fault, not the user's    exit code 1
-├── NumbersError      training ran into numbers that are not finite           exit code 1
-└── Stopped           a signal asked the run to end, and it has saved         exit code 75
+└── NumbersError      training ran into numbers that are not finite           exit code 1
+
+Stopped is none of them, and no Exception: a signal asked the run to end, wherever it was       exit code 75
 """
 
 HUNG = 124
@@ -60,8 +61,11 @@ class NumbersError(TunelibError):
     exit_code = 1
 
 
-class Stopped(TunelibError):
-    """The run ended because a signal asked it to, with everything saved; the same command goes on."""
+class Stopped(BaseException):
+    """The run ended because a signal asked it to, with everything saved; the same command goes on.
+
+    As with KeyboardInterrupt, nobody on the way takes it for a fault of a file or a library.
+    """
 
     exit_code = 75
     agreed = True

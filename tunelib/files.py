@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -86,11 +87,7 @@ def make_folder(folder: Path) -> None:
 
 def crc32_of(path: Path) -> int:
     """The crc32 of a file's bytes."""
-    checksum = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            checksum = crc32(chunk, checksum)
-    return checksum
+    return _checksums_of(path, sha256=False)[0]
 
 
 class ChecksummedFile:
@@ -142,9 +139,13 @@ def list_files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Size in bytes and crc32 of the named files, as a manifest lists them."""
-    return {name: {"size": (folder / name).stat().st_size, "crc32": crc32_of(folder / name)} for name in names}
+def describe_files(folder: Path, names: Iterable[str], sha256: bool = False) -> dict[str, dict[str, Any]]:
+    """Size in bytes, crc32 and, where it is asked for, sha256 of the named files, as a manifest lists them."""
+    described: dict[str, dict[str, Any]] = {}
+    for name in names:
+        checksum, digest = _checksums_of(folder / name, sha256)
+        described[name] = {"size": (folder / name).stat().st_size, "crc32": checksum} | ({"sha256": digest} if sha256 else {})
+    return described
 
 
 def staging_of(final: Path) -> Path:
@@ -250,12 +251,23 @@ def lies_inside(name: str) -> bool:
     return not (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name)
 
 
+def _checksums_of(path: Path, sha256: bool) -> tuple[int, str]:
+    """The crc32 and the sha256, in hexadecimal, of a file's bytes; "" for the second where it is not asked for."""
+    checksum, digest = 0, hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            checksum = crc32(chunk, checksum)
+            if sha256:
+                digest.update(chunk)
+    return checksum, digest.hexdigest() if sha256 else ""
+
+
 def _checksum(manifest: dict[str, Any]) -> int:
     """Of what a manifest says, however it is written."""
     return crc32(json.dumps(manifest).encode())
 
 
-def find_damage(folder: Path, files: dict[str, dict[str, int]], names: Iterable[str]) -> list[str]:
+def find_damage(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> list[str]:
     """What is wrong with the named files of a committed folder, one sentence each; nothing where all is well."""
 
     def examine(name: str) -> str:
@@ -264,7 +276,9 @@ def find_damage(folder: Path, files: dict[str, dict[str, int]], names: Iterable[
             size = path.stat().st_size
             if size != expected["size"]:
                 return f"{path} has {size} bytes instead of {expected['size']}"
-            return "" if crc32_of(path) == expected["crc32"] else f"{path} is damaged: its checksum is not the one in {MANIFEST}"
+            checksum, digest = _checksums_of(path, sha256="sha256" in expected)
+            is_whole = checksum == expected["crc32"] and digest == expected.get("sha256", "")
+            return "" if is_whole else f"{path} is damaged: its checksum is not the one in {MANIFEST}"
         except FileNotFoundError:
             return f"{path} is missing"
         except OSError as error:

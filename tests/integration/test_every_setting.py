@@ -5,6 +5,7 @@ that a person or another program could see: a file, a number, a message, the sta
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import subprocess
@@ -743,6 +744,21 @@ def _(lab: Lab) -> None:
             with pytest.raises(SaveError, match="no space"):
                 lab.run(SAVING, "--checkpoint.interval", "1", "--checkpoint.max_failed_saves", str(allowed), folder=lab.folder / f"failed-{allowed}")
             assert len(Run(lab.folder / f"failed-{allowed}").series("loss")) == done
+
+
+@shows("checkpoint.sha256")
+def _(lab: Lab) -> None:
+    from tunelib.files import find_damage, read_manifest
+
+    for words in ([], ["--checkpoint.sha256"]):
+        folder = lab.run(SAVING, *words).folder / "checkpoint/step-3"
+        listed = read_manifest(folder)["files"]
+        expected = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in listed} if words else {}
+        assert {name: entry["sha256"] for name, entry in listed.items() if "sha256" in entry} == expected
+        assert find_damage(folder, listed, listed) == []
+        for entry in listed.values():
+            entry |= {"sha256": "0" * 64} if words else {}
+        assert len(find_damage(folder, listed, listed)) == len(listed) * len(words)
 
 
 @shows("checkpoint.grace_seconds")

@@ -310,9 +310,9 @@ class CheckpointManager:
                 files.write_file(staging / CONFIG_FILE, self.config_toml)
                 files.write_file(staging / MODEL_FILE, self.model_json)
         names = on_main(lambda: files.list_files(staging))
-        described: dict[str, dict[str, int]] = {}
+        described: dict[str, dict[str, Any]] = {}
         with agreed(failed):
-            described = files.describe_files(staging, deal(names))
+            described = files.describe_files(staging, deal(names), self.section.sha256)
         parts = gather_objects(described)
         with agreed(failed):
             if self.is_main:

@@ -377,6 +377,8 @@ class Checkpoint:
     """Besides, keep the checkpoint with the lowest validation loss."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """Save in the background, from a copy in the main memory, while training goes on; "async_with_pinned_mem" copies faster from a GPU."""
+    sha256: bool = False
+    """Checksums by SHA-256 besides CRC-32: for whoever must know that nobody has changed a checkpoint, not just that no disk has."""
     max_failed_saves: NonNegativeInt = 2
     """How many saves in a row may fail, for want of space or a disk that does not answer, before the run stops; the last one must not."""
     load_step: Annotated[int, Bounds(minimum=0, also=(-1,))] = -1

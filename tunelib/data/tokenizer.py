@@ -19,7 +19,7 @@ import tokenizers
 
 from tunelib.data.json_rows import find_lone_surrogate
 from tunelib.data.tokenizer_model import Converted, convert_tokenizer_model
-from tunelib.errors import DataError
+from tunelib.errors import DataError, Stopped
 from tunelib.files import read_json
 
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -331,7 +331,7 @@ def _saying(what: str) -> Iterator[None]:
     """Turn what the library raises, a bare Exception or a panic that is none, into a DataError."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, Stopped):
         raise
     except BaseException as error:
         raise DataError(f"{what}: {error}") from None

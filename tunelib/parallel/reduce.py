@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from tunelib.errors import DataError, SaveError, TunelibError
+from tunelib.errors import DataError, SaveError, Stopped, TunelibError
 
 T = TypeVar("T")
 
@@ -65,10 +65,16 @@ def agree(error: BaseException | None) -> None:
 
     A rank that met one itself raises its own, with its traceback; the others one of the same class, where it is one of ours.
     """
-    problem = (type(error), str(error)) if isinstance(error, TunelibError) else None if error is None else (None, f"{type(error).__name__}: {error}")
+    problem = (
+        (type(error), str(error))
+        if isinstance(error, (TunelibError, Stopped))
+        else None
+        if error is None
+        else (None, f"{type(error).__name__}: {error}")
+    )
     met = gather_objects(problem)
     if error is not None:
-        if isinstance(error, TunelibError):
+        if isinstance(error, (TunelibError, Stopped)):
             error.agreed = True
         raise error
     for rank, problem in enumerate(met):
@@ -106,7 +112,7 @@ def agreed(what: str = "") -> Iterator[None]:
         yield
     except OSError as problem:
         error = SaveError(f"{what}: {problem}") if what else problem
-    except Exception as problem:
+    except (Exception, Stopped) as problem:
         error = problem
     agree(error)
 

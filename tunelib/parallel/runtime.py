@@ -173,7 +173,7 @@ def run_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         main(argv)
         return 0
-    except TunelibError as error:
+    except (TunelibError, Stopped) as error:
         if os.environ.get("RANK", "0") == "0" or not error.agreed:
             print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
         return _leave_exit_code(error.exit_code)
