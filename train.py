@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 import torch
 
 from tunelib.adapters import add_adapters
-from tunelib.checkpoint.manager import CheckpointManager, check_base, check_identity
+from tunelib.checkpoint.identity import check_base, check_identity
+from tunelib.checkpoint.manager import CheckpointManager
 from tunelib.checkpoint.progress import Progress
 from tunelib.checkpoint.state import RunState, model_tensors
 from tunelib.config import Config, check_own_config, describe_changes, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml

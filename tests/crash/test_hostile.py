@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from scripts.convert_checkpoint import run as convert
 from tunelib import files
 from tunelib.checkpoint.dcp_reader import load_tensors
-from tunelib.checkpoint.manager import save_tensors
+from tunelib.checkpoint.dcp_writer import save_tensors
 from tunelib.checkpoint.state import read_run_state
 from tunelib.config import load_config
 from tunelib.config.schema import Columns, Model

@@ -4,7 +4,6 @@ A step folder is ``step-N``, committed by `tunelib.files`; its manifest says of 
 (weights alone) or "seed" (initial weights). Methods marked *collective* must be reached by every rank.
 """
 
-import concurrent.futures
 import os
 import re
 import shutil
@@ -16,27 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.storage import WriteResult
 
 from tunelib import files
-from tunelib.checkpoint.dcp_reader import load_tensors, on_this_process_alone, root_cause
+from tunelib.checkpoint.dcp_reader import load_tensors
+from tunelib.checkpoint.dcp_writer import Background, save_tensors
 from tunelib.checkpoint.state import STATE_FILE, RunState, read_run_state
 from tunelib.config.schema import Checkpoint
 from tunelib.errors import CheckpointError, NumbersError, SaveError
-from tunelib.parallel.reduce import agree, agreed, deal, from_main, gather_objects, local, on_main, own_group, speaking_over
+from tunelib.parallel.reduce import agreed, deal, from_main, gather_objects, local, on_main
 
 STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 KINDS = ("full", "model", "seed")
 CONFIG_FILE = "config.toml"
 MODEL_FILE = "config.json"
-CONSEQUENCES = "consequences"
-"""Name of the part of a run's identity that follows from the rest; told only where nothing else has changed."""
 
 
 @dataclass(frozen=True)
@@ -363,109 +355,6 @@ class CheckpointManager:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step}"
-
-
-class Background:
-    """Saves in a thread of its own, which speaks over a group of its own, from a copy of the tensors in the main memory.
-
-    Args:
-        pinned: copy into memory that a GPU writes to directly.
-    """
-
-    def __init__(self, pinned: bool):
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        options = StagingOptions(use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned)
-        self._stager = DefaultStager(options)
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._pending: concurrent.futures.Future | None = None
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether something was begun that `finish` has not waited for."""
-        return self._pending is not None
-
-    def start(self, tensors: dict[str, Tensor], write: Callable[[dict[str, Tensor]], object]) -> None:
-        """Copy the tensors, and begin to write the copies; after `finish`, since the copies have one place."""
-        copies = self._stager.stage(tensors)
-        assert isinstance(copies, dict)
-
-        def run() -> object:
-            with speaking_over(self._group):
-                return write(copies)
-
-        self._pending = self._thread.submit(run)
-
-    def finish(self) -> None:
-        """Wait for what was begun, and raise what it raised, which is the same on every rank."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-
-def check_identity(saved: dict[str, Any], today: dict[str, Any]) -> None:
-    """Stop a run that would go on with another model, other data or another order.
-
-    Raises:
-        CheckpointError: naming each thing that changed.
-    """
-    changed = list_changes("", saved, today)
-    causes = {name: line for name, line in changed.items() if not name.startswith(CONSEQUENCES)}
-    if lines := list((causes or changed).values()):
-        holds_all = not any(name.startswith("lora.") for name in {*saved, *today})
-        weights = " (and the checkpoint's weights to --checkpoint.initial_load_path)" if holds_all else ""
-        raise CheckpointError(
-            "the checkpoint belongs to another run; since then there changed:\n" + "\n".join(lines) + "\n"
-            f"Set them back, or give --job.dump_folder a new folder{weights}, or start over with --checkpoint.resume never."
-        )
-
-
-def check_base(saved: str, today: str, whose: str) -> None:
-    """Stop a run that would go on with adapters that were trained beside other frozen weights; raises CheckpointError on every rank.
-
-    Args:
-        whose: where the adapters come from, for the message.
-    """
-    if saved != today:
-        error = CheckpointError(
-            f"the adapters of {whose} were trained beside other frozen weights than checkpoint.initial_load_path has (or they are merged into them "
-            "already): put those there, or give --job.dump_folder a new folder and start with fresh adapters"
-        )
-        error.agreed = True
-        raise error
-
-
-def list_changes(above: str, saved: dict[str, Any], today: dict[str, Any]) -> dict[str, str]:
-    """Name → line for each thing that is not what it was; of a table only the keys that changed."""
-    changed: dict[str, str] = {}
-    for name in sorted({*saved, *today}):
-        then, now = saved.get(name), today.get(name)
-        if isinstance(then, dict) and isinstance(now, dict):
-            changed |= list_changes(f"{above}{name}: ", then, now)
-        elif then != now:
-            changed[above + name] = f"  {above}{name}: {then!r} then, {now!r} now"
-    return changed
-
-
-class Writer(dcp.FileSystemWriter):
-    """torch's writer, which says what the system said: torch.save in it hides that behind an error of its own."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        """Write this rank's files."""
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as problem:
-            raise problem.__context__ if isinstance(problem.__context__, OSError) else problem from None
-
-
-def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors as a DCP folder. Collective; raises SaveError on every rank."""
-    error = None
-    try:
-        with on_this_process_alone() as alone:
-            dcp.save(tensors, storage_writer=Writer(folder), no_dist=alone, process_group=own_group())
-    except (Exception, CheckpointException) as problem:
-        error = SaveError(f"{folder} cannot be written: {root_cause(problem)}")
-    agree(error)
 
 
 def _name_steps(steps: list[int]) -> str:

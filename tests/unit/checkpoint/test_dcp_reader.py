@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tunelib.checkpoint.dcp_reader import SafeReader, load_tensors
-from tunelib.checkpoint.manager import save_tensors
+from tunelib.checkpoint.dcp_writer import save_tensors
 from tunelib.errors import CheckpointError
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "optimizer.a.step": torch.tensor(7.0), "rng.0.cpu": torch.arange(5, dtype=torch.uint8)}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tunelib.batch import IGNORED
+from tunelib.checkpoint.dcp_writer import save_tensors
 from tunelib.checkpoint.drill import FEWEST_STEPS, find_other_number, needed_settings, save_interval, tail_of, verdict_lines
 from tunelib.checkpoint.drill_traces import (
     BATCHES,
@@ -30,7 +31,6 @@ from tunelib.checkpoint.drill_traces import (
     tensor_difference,
 )
 from tunelib.checkpoint.drill_worker import digest_row, holds_data, kill_in_a_save
-from tunelib.checkpoint.manager import save_tensors
 from tunelib.config.fields import FIELDS
 
 STATE = {"w": torch.tensor([1.0, 2.0]), "optimizer.w.step": torch.tensor(6.0), "rng.0.cpu": torch.arange(5, dtype=torch.uint8)}

@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import tunelib.checkpoint.manager as manager_module
 from tunelib import files
-from tunelib.checkpoint.manager import CheckpointManager, Decision, check_identity
+from tunelib.checkpoint.identity import check_identity
+from tunelib.checkpoint.manager import CheckpointManager, Decision
 from tunelib.checkpoint.state import RunState
 from tunelib.config.schema import Checkpoint
 from tunelib.errors import CheckpointError, SaveError
@@ -357,7 +358,7 @@ def test_failure_inside_dcp_is_a_save_error_with_its_cause(tmp_path: Path, monke
     def fail(*_: Any, **__: Any) -> None:
         raise CheckpointException("save", {0: (OSError(28, "No space left on device"), None)})  # type: ignore[dict-item]  # no traceback needed
 
-    monkeypatch.setattr(manager_module.dcp, "save", fail)
+    monkeypatch.setattr(torch.distributed.checkpoint, "save", fail)
     with pytest.raises(SaveError, match=r"cannot be written: rank 0: OSError.*No space left"):
         save_steps(tmp_path, 1)
 

@@ -7,7 +7,7 @@ import torch
 from unit.samples import tiny_model
 
 from tunelib.checkpoint.dcp_reader import load_tensors
-from tunelib.checkpoint.manager import save_tensors
+from tunelib.checkpoint.dcp_writer import save_tensors
 from tunelib.checkpoint.state import RunState, model_tensors, optimizer_tensors, read_run_state, restore_rng, rng_tensors, tensors_to_load
 from tunelib.config.schema import Optimizer
 from tunelib.errors import CheckpointError

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from unit.samples import TINY_FIELDS, tiny_config, tiny_model
 
-from tunelib.checkpoint.manager import save_tensors
+from tunelib.checkpoint.dcp_writer import save_tensors
 from tunelib.checkpoint.state import model_tensors
 from tunelib.config.schema import Model, RopeScaling
 from tunelib.config.sizes import SIZES
