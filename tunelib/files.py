@@ -273,9 +273,11 @@ def find_damage(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[
     def examine(name: str) -> str:
         path, expected = folder / name, files[name]
         try:
-            size = path.stat().st_size
-            if size != expected["size"]:
-                return f"{path} has {size} bytes instead of {expected['size']}"
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                return f"{path} is not a file"
+            if status.st_size != expected["size"]:
+                return f"{path} has {status.st_size} bytes instead of {expected['size']}"
             checksum, digest = _checksums_of(path, sha256="sha256" in expected)
             is_whole = checksum == expected["crc32"] and digest == expected.get("sha256", "")
             return "" if is_whole else f"{path} is damaged: its checksum is not the one in {MANIFEST}"

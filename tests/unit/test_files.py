@@ -1,6 +1,7 @@
 """A folder exists once it is committed, and then says of every file whether it is still as it was."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -230,3 +231,8 @@ def test_lock_goes_with_its_process(tmp_path: Path) -> None:
     assert (tmp_path / ".lock").exists()
     with files.lock_folder(tmp_path):
         pass
+
+
+def test_pipe_in_the_place_of_a_file_is_damage_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    assert files.find_damage(tmp_path, {"a": {"size": 0, "crc32": 0}}, ["a"]) == [f"{tmp_path / 'a'} is not a file"]

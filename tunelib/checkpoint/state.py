@@ -7,7 +7,8 @@ Model tensors lie flat at the top under their Hugging Face names. ``optimizer.<p
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +56,19 @@ class RunState:
 def read_run_state(folder: Path) -> RunState:
     """The facts of a full checkpoint; raises CheckpointError."""
     fields = read_json(folder / STATE_FILE, CheckpointError)
+    for name, kind in get_type_hints(RunState).items():
+        if name in fields and not _is_of(kind, fields[name]):
+            raise CheckpointError(f"{folder / STATE_FILE} cannot be read: {name} is {str(fields[name])[:50]}")
     try:
         return RunState(**fields)
     except TypeError as error:  # a field too many or too few
         raise CheckpointError(f"{folder / STATE_FILE} cannot be read: {error}") from None
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value that JSON gave is of an annotated type, as far as its outermost layer shows."""
+    kinds = tuple(get_origin(each) or each for each in (get_args(kind) if get_origin(kind) is UnionType else (kind,)))
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """A run's state is flat tensors by name and a few facts in JSON; saved and loaded, the run goes on bit for bit."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,17 @@ def test_facts_survive_json(tmp_path: Path) -> None:
     state = RunState(7, 700, 2, "cpu", {"model": {"hidden_size": 4}, "validation.fraction": None, "rope_theta": 5e5})
     (tmp_path / "state.json").write_text(state.to_json())
     assert read_run_state(tmp_path) == state
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("step", "4"), ("step", True), ("step", None), ("identity", []), ("device", 1), ("passed_over", {}), ("validation_loss", "low")],
+)
+def test_facts_of_another_type_are_named(tmp_path: Path, name: str, value: object) -> None:
+    fields = asdict(RunState(4, 100, 1, "cpu", {}))
+    (tmp_path / "state.json").write_text(json.dumps(fields | {name: value}))
+    with pytest.raises(CheckpointError, match=rf"state\.json cannot be read: {name} is "):
+        read_run_state(tmp_path)
 
 
 @pytest.mark.parametrize(

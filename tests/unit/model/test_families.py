@@ -76,6 +76,8 @@ def test_missing_field_is_named(field: str) -> None:
         ("head_dim", 7),
         ("rms_norm_eps", "1e-5"),
         ("rope_theta", "big"),
+        ("rope_theta", 10**400),
+        ("max_position_embeddings", 2**70),
         ("rope_scaling", "llama3"),
         ("rope_parameters", [1]),
         ("tie_word_embeddings", "yes"),
@@ -84,6 +86,12 @@ def test_missing_field_is_named(field: str) -> None:
 def test_value_that_cannot_be_is_named(field: str, value: Any) -> None:
     with pytest.raises(FormatError, match=f"here.*{field}"):
         parse_config({**TINY_FIELDS, field: value}, "here")
+
+
+@pytest.mark.parametrize("theta", ["big", [1], 10**400, None, 0])
+def test_theta_in_a_table_that_cannot_be_is_named(theta: Any) -> None:
+    with pytest.raises(FormatError, match="here.*rope_theta"):
+        parse_config({**TINY_FIELDS, "rope_parameters": {"rope_theta": theta}}, "here")
 
 
 def test_heads_that_cannot_share_keys_are_an_error() -> None:

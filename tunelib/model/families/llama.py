@@ -10,6 +10,8 @@ ARCHITECTURE = "LlamaForCausalLM"
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Every field that is read, with its type; numbers are above 0. Where null is allowed it means the default.
+LARGEST = 2**63
+"""What no number of a config.json reaches; Python's own may have any size."""
 FIELDS: dict[str, type] = {
     **dict.fromkeys((*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"), int),
     **dict.fromkeys(("rms_norm_eps", "rope_theta", "initializer_range", "partial_rotary_factor"), float),
@@ -112,6 +114,8 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
     head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
     if head_dim % 2:
         raise FormatError(f"{where}: head_dim = {head_dim} is odd; rotary positions turn pairs")
+    theta = rope.get("rope_theta", given.get("rope_theta", 10000.0))
+    _check_value("rope_theta", theta, where)
     return ModelConfig(
         architecture=ARCHITECTURE,
         **{name: fields[name] for name in REQUIRED},
@@ -119,7 +123,7 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
         head_dim=head_dim,
         max_position_embeddings=given.get("max_position_embeddings", 2048),
         rms_norm_eps=given.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", given.get("rope_theta", 10000.0))),
+        rope_theta=float(theta),
         rope_scaling=scaling,
         tie_word_embeddings=given.get("tie_word_embeddings", False),
         attention_bias=given.get("attention_bias", False),
@@ -156,7 +160,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 def _check_value(name: str, value: Any, where: str) -> None:
     kind = FIELDS[name]
     is_number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not (is_number and value > 0 if kind in (int, float) else isinstance(value, kind)):
+    if not (is_number and 0 < value < LARGEST if kind in (int, float) else isinstance(value, kind)):
         expected = {int: "a whole number from 1 up", float: "a number above 0", bool: "true or false", dict: "a table", str: "text"}[kind]
         raise FormatError(f"{where}: {name} = {value!r} is not {expected}")
 
