@@ -90,7 +90,7 @@ def test_value_that_cannot_be_is_named(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize("theta", ["big", [1], 10**400, None, 0])
 def test_theta_in_a_table_that_cannot_be_is_named(theta: Any) -> None:
-    with pytest.raises(FormatError, match="here.*rope_theta"):
+    with pytest.raises(FormatError, match=r"here.*rope_theta"):
         parse_config({**TINY_FIELDS, "rope_parameters": {"rope_theta": theta}}, "here")
 
 
