@@ -26,6 +26,7 @@ SECTIONS = "[checkpoint]\nenable_checkpoint = true\nmodel_weights_only = true\n[
 SCRIPT = ROOT / "scripts/check_resume.py"
 FAULTY = """
 import sys, train
+from tunelib.checkpoint import progress
 from tunelib.data.loader import TrainData
 from tunelib.parallel.runtime import leave, run_main
 {fault}
@@ -115,8 +116,8 @@ def test_killed_run_left_a_checkpoint_half_written(good: Drilled) -> None:
 
 
 LOST_MOMENTS = """
-load = train.tensors_to_load
-train.tensors_to_load = lambda *a: {n: tensor for n, tensor in load(*a).items() if not n.startswith("optimizer.")}
+load = progress.tensors_to_load
+progress.tensors_to_load = lambda *a: {n: tensor for n, tensor in load(*a).items() if not n.startswith("optimizer.")}
 """
 LOST_PLACE = """
 take = TrainData.step
@@ -163,7 +164,7 @@ def test_lost_moments_are_found_on_another_number_of_processes(good: Drilled) ->
 def test_lost_random_state_is_found_where_it_matters(tmp_path: Path) -> None:
     drilled = drill(tmp_path, "--lora.enable", "--lora.dropout", "0.5")
     assert drilled.again().faults == []
-    assert any(fault.startswith("loss of step 2") for fault in drilled.again("train.restore_rng = lambda *_: None").faults)
+    assert any(fault.startswith("loss of step 2") for fault in drilled.again("progress.restore_rng = lambda *_: None").faults)
 
 
 @pytest.mark.crash
