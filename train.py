@@ -184,7 +184,8 @@ def main(argv: list[str]) -> None:
             done = f"this run is finished at step {progress.step}"
             console.say(f"{done}; extend it with more --training.steps or --training.epochs (now {num_steps} steps)")
 
-        # Watch: the opening lines, metrics, samples and the first validation.
+        # Watch: the opening lines, metrics, samples and the first validation. From here on, a signal waits for the step in hand.
+        stop.wait_for_steps()
         with agreed(f"{folder} cannot be written"):
             if runtime.is_main:
                 replace_file(folder / "config.toml", resolved_toml(loaded))
@@ -229,20 +230,20 @@ def main(argv: list[str]) -> None:
 
         def raise_stopped() -> NoReturn:
             with watchdog.watch("the last save"):
-                done = manager.save_in_time(*capture(), stop.seconds_since)
+                done = manager.save_in_time(*capture(), lambda: stop.seconds_since)
             raise Stopped(f"stopped after step {progress.step} by a signal, {done}")
 
         def pass_over(loss: float, grad_norm: float) -> None:
             """A step whose numbers are not finite: written down, and then what on_nonfinite says."""
             at_fault, is_first = progress.step + 1, not progress.passed_over
             documents = train_data.documents_of(at_fault) if isinstance(train_data, TrainData) else None
-            with RowWriter(folder / NONFINITE_FILE, None if is_first else at_fault, runtime.is_main, console.say) as rows:
+            rows_up_to = None if is_first else max(at_fault, *progress.passed_over)
+            with RowWriter(folder / NONFINITE_FILE, rows_up_to, runtime.is_main, console.say) as rows:
                 rows.write({"step": at_fault, "loss": repr(loss), "grad_norm": repr(grad_norm), "documents": documents})
             console.say(progress.pass_over(loss, grad_norm, manager, num_steps))
             metrics.cut(progress.step)
             samples.cut(progress.step)
 
-        stop.wait_for_steps()
         is_unvalidated = held_out is not None and decision.resumed is not None and progress.validation_loss is None
         was_cut = is_unvalidated and (progress.step % config.validation.freq == 0 or progress.step == num_steps)  # by the signal that ended the run
         if progress.step == 0 or was_cut:
@@ -270,8 +271,8 @@ def main(argv: list[str]) -> None:
                     loss, grad_norm = train_step(model, optimizer, work, lr, config.training.max_norm, runtime, layout)
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     pass_over(loss, grad_norm)
-                    if progress.step + 1 != step:
-                        continue  # from where it has gone back to
+                    if config.training.on_nonfinite == "rollback":
+                        continue  # from where it has gone back to; a stream gives the rows of this very step again, too
             is_passed_over = step in progress.passed_over
             progress.advance(0 if is_passed_over else work.num_tokens)
             if is_passed_over:
@@ -314,6 +315,7 @@ def main(argv: list[str]) -> None:
         elif config.checkpoint.enable_checkpoint:
             with watchdog.watch("the last save"):
                 checkpoint = manager.save(*capture())
+        progress.check_finite()
         adapter_line = export_line = ""
         if config.lora.enable:
             origin_path = config.checkpoint.initial_load_path

@@ -5,7 +5,8 @@ TunelibError
 ├── DataError         a data file, a row in it, a chat template, a tokenizer  exit code 2
 ├── FormatError       weights or a config.json that cannot be read as asked   exit code 2
 ├── CheckpointError   a checkpoint that is missing, damaged or does not fit   exit code 2
-│   └── SaveError     writing one failed: the disk's fault, not the user's    exit code 1
+│   ├── SaveError     writing one failed: the disk's fault, not the user's    exit code 1
+│   └── UnreachableError  the disk with it does not answer just now           exit code 1
 └── NumbersError      training ran into numbers that are not finite           exit code 1
 
 Stopped is none of them, and no Exception: a signal asked the run to end, wherever it was       exit code 75
@@ -51,6 +52,12 @@ class CheckpointError(TunelibError):
 
 class SaveError(CheckpointError):
     """A checkpoint or an export could not be written."""
+
+    exit_code = 1
+
+
+class UnreachableError(CheckpointError):
+    """A disk that does not answer just now: nothing is known of what it holds, and nothing is decided."""
 
     exit_code = 1
 

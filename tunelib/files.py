@@ -8,6 +8,7 @@ last, holds each file's size and crc32 and, of itself, a crc32 too, and the pare
 import concurrent.futures
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,7 +22,7 @@ from typing import Any
 
 from zlib_ng.zlib_ng import crc32
 
-from tunelib.errors import CheckpointError, ConfigError, TunelibError
+from tunelib.errors import CheckpointError, ConfigError, TunelibError, UnreachableError
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 2
@@ -32,6 +33,8 @@ STAGING, REMOVED, OLD, LOCK = ".tunelib-staging", ".tunelib-removed", ".tunelib-
 CHUNK_BYTES = 1 << 22
 WRITE_BYTES = 1 << 18  # what stays in the processor's cache between checksum and write
 SEND_BYTES = 1 << 25
+OF_THE_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+"""What an OSError says of the file itself."""
 CHECKING_THREADS = 2
 
 
@@ -63,6 +66,7 @@ def read_json(path: Path, error: type[TunelibError], missing: str = "is missing"
     except FileNotFoundError:
         raise error(f"{path} {missing}") from None
     except (OSError, ValueError, RecursionError) as problem:
+        _check_reachable(path, problem)
         raise error(f"{path} cannot be read: {problem}") from None
     if not isinstance(content, dict):
         raise error(f"{path} cannot be read: it is not a JSON object")
@@ -82,7 +86,8 @@ def make_folder(folder: Path) -> None:
     """Make a folder and those above it, as far as they are missing, and wait until the disk has their names."""
     for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
         path.mkdir(exist_ok=True)
-        sync_path(path.parent)
+        with contextlib.suppress(PermissionError):  # of a folder in which one may make others, and not look
+            sync_path(path.parent)
 
 
 def crc32_of(path: Path) -> int:
@@ -268,7 +273,11 @@ def _checksum(manifest: dict[str, Any]) -> int:
 
 
 def find_damage(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> list[str]:
-    """What is wrong with the named files of a committed folder, one sentence each; nothing where all is well."""
+    """What is wrong with the named files of a committed folder, one sentence each; nothing where all is well.
+
+    Raises:
+        UnreachableError: the disk does not answer just now.
+    """
 
     def examine(name: str) -> str:
         path, expected = folder / name, files[name]
@@ -284,6 +293,7 @@ def find_damage(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[
         except FileNotFoundError:
             return f"{path} is missing"
         except OSError as error:
+            _check_reachable(path, error)
             return f"{path} cannot be read: {error.strerror}"
 
     with concurrent.futures.ThreadPoolExecutor(CHECKING_THREADS) as pool:  # reading and crc32 let other threads run
@@ -390,6 +400,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _check_reachable(path: Path, problem: Exception) -> None:
+    """Raise UnreachableError for what says nothing of a file, such as no connection to its server."""
+    if isinstance(problem, OSError) and problem.errno not in OF_THE_FILE:
+        raise UnreachableError(f"{path} cannot be read just now: {problem}; nothing was changed, so start again when it can") from None
 
 
 def _read_text(path: Path) -> str:

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 
-from tunelib.checkpoint.dcp_reader import on_this_process_alone, root_cause
+from tunelib.checkpoint.dcp_reader import find_stop, on_this_process_alone, root_cause
 from tunelib.errors import SaveError
-from tunelib.parallel.reduce import agree, own_group, speaking_over
+from tunelib.parallel.reduce import SAVES, agree, own_group, speaking_over
 
 
 class Writer(dcp.FileSystemWriter):
@@ -31,12 +31,12 @@ class Writer(dcp.FileSystemWriter):
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     """Write tensors as a DCP folder. Collective; raises SaveError on every rank."""
-    error = None
+    error: BaseException | None = None
     try:
         with on_this_process_alone() as alone:
             dcp.save(tensors, storage_writer=Writer(folder), no_dist=alone, process_group=own_group())
     except (Exception, CheckpointException) as problem:
-        error = SaveError(f"{folder} cannot be written: {root_cause(problem)}")
+        error = find_stop(problem) or SaveError(f"{folder} cannot be written: {root_cause(problem)}")
     agree(error)
 
 
@@ -48,7 +48,7 @@ class Background:
     """
 
     def __init__(self, pinned: bool):
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = dist.new_group(backend="gloo", group_desc=SAVES) if dist.is_initialized() else None
         options = StagingOptions(use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned)
         self._stager = DefaultStager(options)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="save")

@@ -4,6 +4,7 @@ A step folder is ``step-N``, committed by `tunelib.files`; its manifest says of 
 (weights alone) or "seed" (initial weights). Methods marked *collective* must be reached by every rank.
 """
 
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from tunelib.checkpoint.dcp_reader import load_tensors
 from tunelib.checkpoint.dcp_writer import Background, save_tensors
 from tunelib.checkpoint.state import STATE_FILE, RunState, read_run_state
 from tunelib.config.schema import Checkpoint
-from tunelib.errors import CheckpointError, NumbersError, SaveError
+from tunelib.errors import CheckpointError, NumbersError, SaveError, UnreachableError
 from tunelib.parallel.reduce import agreed, deal, from_main, gather_objects, local, on_main
 
 STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -70,7 +71,8 @@ class CheckpointManager:
     def __init__(self, section: Checkpoint, folder: Path, is_main: bool, config_toml: str, model_json: str, say: Callable[[str], None] = print):
         self.section, self.folder, self.is_main = section, folder, is_main
         self.config_toml, self.model_json, self._say = config_toml, model_json, say
-        self._saved_step = -1
+        self._saved = (-1, "")  # step and kind of what was saved last
+        self._good_step = -1  # whose numbers are all finite
         self._last_save_time = time.monotonic()
         self._num_failed = 0
         self._bytes = 0  # of the newest checkpoint
@@ -115,6 +117,8 @@ class CheckpointManager:
             manifest, problems = self._verify(wanted)
             if problems or manifest["kind"] == "model":
                 raise CheckpointError(problems[0] if problems else f"{self._path(wanted)} holds model weights only: it cannot be resumed from")
+            if manifest.get("finite") is False:
+                raise CheckpointError(f"{self._path(wanted)} holds numbers that are not finite: it cannot be resumed from")
             later = tuple(step for step in steps if step > wanted)
             aside = f"; {_name_steps(list(later))} set aside" if later else ""
             return replace(self._begin_with(wanted, manifest["kind"], f"checkpoint.load_step asks for it{aside}"), supersede=later)
@@ -131,13 +135,13 @@ class CheckpointManager:
             if problems:
                 new_name = on_main(partial(files.set_aside, self._path(step), "damaged")).name
                 passed_over += f"; step {step} is damaged ({'; '.join(problems)}) and is now {new_name}"
+            elif manifest.get("finite") is False:
+                passed_over += f"; step {step} holds numbers that are not finite"
             elif manifest["kind"] == "model":
                 if step >= num_steps and on_main(partial(self._is_of_this_config, step)):
                     return self._begin_with(step, "model", "")
                 passed_over += f"; step {step} holds model weights only"
                 weights_only = max(weights_only, step)
-            elif manifest.get("finite") is False:
-                passed_over += f"; step {step} holds numbers that are not finite"
             elif manifest["kind"] == "full" or weights_only < 0:
                 return self._begin_with(step, manifest["kind"], "the newest good checkpoint" + passed_over)
         if weights_only >= 0:
@@ -168,20 +172,31 @@ class CheckpointManager:
             return False
 
     def _verify(self, step: int) -> tuple[dict[str, Any], list[str]]:
-        """The manifest of a step folder, and what is wrong with it; the files are dealt out over the ranks. Collective."""
-        try:
-            manifest, problem = files.read_manifest(self._path(step)), None
-            if manifest.get("kind") not in KINDS:
-                problem = f"{self._path(step) / files.MANIFEST} does not say of which kind it is"
-            elif (stated := manifest.get("step", step)) != step:
-                problem = f"{self._path(step) / files.MANIFEST} is that of step {stated}"
-        except CheckpointError as error:
-            manifest, problem = {}, str(error)
-        manifest, problem = from_main((manifest, problem))
-        if problem is not None:
+        """The manifest of a step folder, and what is wrong with it; the files are dealt out over the ranks. Collective.
+
+        Raises:
+            UnreachableError: on every rank: the disk does not answer just now, so that nothing is known.
+        """
+        manifest, problem = on_main(lambda: self._read_manifest(step))
+        if problem:
             return manifest, [problem]
-        damage = files.find_damage(self._path(step), manifest["files"], deal(sorted(manifest["files"])))
+        damage: list[str] = []
+        with agreed():
+            damage = files.find_damage(self._path(step), manifest["files"], deal(sorted(manifest["files"])))
         return manifest, sorted({problem for problems in gather_objects(damage) for problem in problems})
+
+    def _read_manifest(self, step: int) -> tuple[dict[str, Any], str]:
+        """A step's manifest, and what is wrong with it, "" for nothing."""
+        path = self._path(step) / files.MANIFEST
+        try:
+            manifest = files.read_manifest(self._path(step))
+        except UnreachableError:
+            raise
+        except CheckpointError as error:
+            return {}, str(error)
+        if manifest.get("kind") not in KINDS:
+            return manifest, f"{path} does not say of which kind it is"
+        return manifest, "" if manifest.get("step", step) == step else f"{path} is that of step {manifest['step']}"
 
     # Loading
 
@@ -190,7 +205,8 @@ class CheckpointManager:
         assert decision.folder is not None
         load_tensors(tensors, decision.folder)
         if decision.kind in ("resume", "finished") and decision.state is not None:
-            self._saved_step = decision.state.step
+            self._saved = (decision.state.step, "full" if decision.kind == "resume" else "model")
+            self._good_step = decision.state.step
 
     # Saving
 
@@ -216,16 +232,17 @@ class CheckpointManager:
             NumbersError: on every rank: what was written is not finite. A training step need not see that, but nobody should be given it.
         """
         self.wait()
-        if state.step == self._saved_step:
-            return None
-        if not self._write(tensors, state, kind):
+        is_new = (state.step, kind) != self._saved
+        if is_new:
+            self._write(tensors, state, kind)
+        if state.step != self._good_step:
             error = NumbersError(
                 f"{self._path(state.step)} holds numbers that are not finite, and counts for nothing; the same command goes on from the newest good "
                 "checkpoint, if there is one, with the same data: give it a lower --optimizer.lr, or weights that are finite"
             )
             error.agreed = True
             raise error
-        return self._path(state.step)
+        return self._path(state.step) if is_new else None
 
     def save_and_go_on(self, tensors: dict[str, Tensor], state: RunState) -> None:
         """`save` in the midst of training: in the background where ``async_mode`` asks for it, and failures are told, and borne for a while.
@@ -236,7 +253,8 @@ class CheckpointManager:
             SaveError: on every rank, when ``max_failed_saves`` have failed in a row before.
         """
         self.wait()
-        if state.step == self._saved_step:
+        self._last_save_time = time.monotonic()  # also of one that fails, or takes long: it is not due again at the next step
+        if (state.step, "full") == self._saved:
             return
         if self.section.async_mode == "disabled":
             self._bear(lambda: self._write(tensors, state, "full"))
@@ -245,14 +263,18 @@ class CheckpointManager:
             self._background = Background(self.section.async_mode == "async_with_pinned_mem")
         self._background.start(tensors, lambda copies: self._write(copies, state, "full"))
 
-    def save_in_time(self, tensors: dict[str, Tensor], state: RunState, seconds_gone: float) -> str:
-        """`save`, if what is left of ``grace_seconds`` will do, as the saves before have shown; what was done, in words. Collective."""
+    def save_in_time(self, tensors: dict[str, Tensor], state: RunState, seconds_gone: Callable[[], float]) -> str:
+        """`save`, if what is left of ``grace_seconds`` will do, as the saves before have shown; what was done, in words. Collective.
+
+        Args:
+            seconds_gone: of it, when asked.
+        """
         self.wait()
-        seconds_left = self.section.grace_seconds - max(gather_objects(seconds_gone))
+        seconds_left = self.section.grace_seconds - max(gather_objects(seconds_gone()))
         seconds_needed = max(gather_objects(self._seconds))
-        if seconds_needed > seconds_left and self._saved_step >= 0:
+        if seconds_needed > seconds_left and self._good_step >= 0:
             took = f"a save takes about {seconds_needed:.0f} s, and {max(0, seconds_left):.0f} s are left of checkpoint.grace_seconds"
-            return f"not saved, since {took}; the same command goes on from step {self._saved_step}"
+            return f"not saved, since {took}; the same command goes on from step {self._good_step}"
         self.save(tensors, state)
         return "and saved; the same command goes on from there"
 
@@ -271,8 +293,8 @@ class CheckpointManager:
                 raise
             self._say(f"NOT SAVED ({self._num_failed} in a row; checkpoint.max_failed_saves = {self.section.max_failed_saves}): {error}")
 
-    def _write(self, tensors: dict[str, Tensor], state: RunState, kind: str) -> bool:
-        """Write and commit ``step-N``; whether all its numbers are finite."""
+    def _write(self, tensors: dict[str, Tensor], state: RunState, kind: str) -> None:
+        """Write and commit ``step-N``."""
         final, begun = self._path(state.step), time.monotonic()
         try:
             is_finite = self._build(final, tensors, state, kind)
@@ -280,28 +302,26 @@ class CheckpointManager:
             if self.is_main:
                 shutil.rmtree(files.staging_of(final), ignore_errors=True)
             raise
-        if not is_finite:
+        self._saved = (state.step, kind)
+        if is_finite:
+            self._good_step = state.step
+        else:
             self._say(f"step {state.step}: the checkpoint holds numbers that are not finite, and counts for nothing")
-        self._saved_step = state.step
-        self._last_save_time = time.monotonic()
-        self._seconds = self._last_save_time - begun
-        return is_finite
+        self._seconds = time.monotonic() - begun
 
     def _build(self, final: Path, tensors: dict[str, Tensor], state: RunState, kind: str) -> bool:
-        on_main(lambda: self._check_space(final))
+        failed = f"{final} cannot be written"
+        on_main(lambda: self._check_space(final), failed)
         is_finite = all(gather_objects(all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors.values() if tensor.is_floating_point())))
         staging = files.staging_of(final)
-        failed = f"{final} cannot be written"
-        with agreed(failed):
-            if self.is_main:
-                files.make_staging(final)
+        on_main(lambda: files.make_staging(final), failed)
         save_tensors(tensors, staging)
         with agreed(failed):
             if self.is_main:
                 files.write_file(staging / STATE_FILE, state.to_json())
                 files.write_file(staging / CONFIG_FILE, self.config_toml)
                 files.write_file(staging / MODEL_FILE, self.model_json)
-        names = on_main(lambda: files.list_files(staging))
+        names = on_main(lambda: files.list_files(staging), failed)
         described: dict[str, dict[str, Any]] = {}
         with agreed(failed):
             described = files.describe_files(staging, deal(names), self.section.sha256)
@@ -332,7 +352,7 @@ class CheckpointManager:
         kept = set(good[-keep:]) if keep else set(good)
         if self.section.keep_every_n:
             kept |= {step for step in good if step % self.section.keep_every_n == 0}
-        losses = {step: loss for step in good if (loss := manifests[step].get("validation_loss")) is not None}
+        losses = {step: loss for step in good if (loss := manifests[step].get("validation_loss")) is not None and math.isfinite(loss)}
         if self.section.keep_best and losses:
             kept.add(min(losses, key=losses.__getitem__))
         for step in [step for step in manifests if step not in kept and good and step < good[-1]]:

@@ -13,7 +13,7 @@ from tunelib.data.stream import StreamData
 from tunelib.errors import NumbersError
 from tunelib.model.decoder import Decoder
 from tunelib.parallel.mesh import Layout
-from tunelib.parallel.reduce import agreed
+from tunelib.parallel.reduce import agreed, gather_objects, local
 from tunelib.parallel.runtime import Runtime
 
 
@@ -88,6 +88,7 @@ class Progress:
             NumbersError: on every rank: the run is to stop, now or because there were too many, or has nothing to go back to.
         """
         at_fault, section = self.step + 1, self._section
+        manager.wait()  # for what was good, whatever comes next
         numbers = f"step {at_fault}: loss {loss}, gradient norm {grad_norm}"
         if section.on_nonfinite == "stop" or len(self.passed_over) >= section.max_nonfinite_steps:
             enough = f", after {section.max_nonfinite_steps} steps were passed over (training.max_nonfinite_steps)"
@@ -100,12 +101,21 @@ class Progress:
         said = f"{numbers}: passed over, without an update ({len(self.passed_over)} of at most {section.max_nonfinite_steps})"
         if section.on_nonfinite == "skip":
             return said
-        manager.wait()
         back = manager.find_newest(num_steps)
         if back.resumed is None:
             raise _stopped(f"{numbers}, and there is no checkpoint to go back to")
         self.restore(manager, back)
         return f"{said}; gone back to step {self.step}"
+
+    def check_finite(self) -> None:
+        """That the trained weights are finite, before anybody is given them: a step need not have seen one that is not. Collective.
+
+        Raises:
+            NumbersError: on every rank.
+        """
+        spoiled = [name for name, tensor in model_tensors(self._model).items() if not torch.isfinite(local(tensor)).all()]
+        if found := sorted({name for names in gather_objects(spoiled) for name in names}):
+            raise _stopped(f"{found[0]} holds numbers that are not finite after step {self.step}: nothing is exported")
 
 
 def _stopped(why: str) -> NumbersError:

@@ -16,7 +16,6 @@ MOST_ROUNDS = 1_000_000
 """Of a rendering; a conversation of 1,000 messages takes some thousands, and a million take three seconds."""
 MOST_CHARACTERS = 1 << 28
 LARGEST_POWER = 64
-COUNT = "_tunelib_count"
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -28,7 +27,6 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(**options)
         self._rounds = 0
         del self.globals["lipsum"]  # makes as much text as it is told to
-        self.globals[COUNT] = self._count
 
     def start(self) -> None:
         """Count from here on."""
@@ -47,11 +45,12 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         tree = super()._parse(source, name, filename)
         repeated: jinja2.nodes.For | jinja2.nodes.Macro
         for repeated in tree.find_all((jinja2.nodes.For, jinja2.nodes.Macro)):  # type: ignore[assignment]  # as it was asked for
-            count = jinja2.nodes.Call(jinja2.nodes.Name(COUNT, "load"), [], [], None, None)
+            count = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("count_round"), [], [], None, None)  # which no template can name
             repeated.body.insert(0, jinja2.nodes.ExprStmt(count).set_lineno(repeated.lineno))
         return tree
 
-    def _count(self) -> None:
+    def count_round(self) -> None:
+        """What the body of each loop and macro begins with."""
         self._rounds += 1
         if self._rounds > MOST_ROUNDS:
             raise jinja2.TemplateError(f"its loops and macros have gone {MOST_ROUNDS} rounds without an end")

@@ -29,14 +29,15 @@ class RowWriter:
         self._pending = b""
         self._is_told = False
         if active:
-            self._begin(_rows_up_to(path, resumed_step) if resumed_step is not None and path.exists() else [])
+            self._begin(path.read_bytes() if resumed_step is not None and path.exists() else b"", resumed_step or 0)
 
     def cut(self, step: int) -> None:
         """Leave out the rows of later steps, which the run will make again."""
         if self._file is not None:
             old = self._file
             with self._bearing():
-                self._begin(_rows_up_to(self._path, step))
+                self._begin(self._path.read_bytes() + self._pending, step)
+                self._pending = b""
                 old.close()
 
     def write(self, row: dict[str, Any]) -> None:
@@ -68,8 +69,10 @@ class RowWriter:
                 self._say(f"{self._path} cannot be written: {error.strerror}; its rows are kept, and written later")
             self._is_told = True
 
-    def _begin(self, rows: list[str]) -> None:
-        files.replace_file(self._path, "".join(rows))
+    def _begin(self, content: bytes, step: int) -> None:
+        rows = "".join(_rows_up_to(content, step)).encode()
+        if not self._path.exists() or self._path.read_bytes() != rows:
+            files.replace_file(self._path, rows)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  (closed by __exit__)
 
     def __enter__(self) -> "RowWriter":
@@ -83,12 +86,10 @@ class RowWriter:
                 self._say(f"{self._path} lacks {self._pending.count(10)} rows, which could not be written")
 
 
-def _rows_up_to(path: Path, step: int) -> list[str]:
+def _rows_up_to(content: bytes, step: int) -> list[str]:
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
+    for line in content.decode(errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash has cut off
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            break  # a line that a crash cut off is the last one
     return kept

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 
 _OF_THREAD = threading.local()
+SAVES = "saves"
+"""What the group calls itself over which saves in the background speak: a step's time limit is not theirs."""
 
 
 @contextlib.contextmanager
@@ -117,10 +119,14 @@ def agreed(what: str = "") -> Iterator[None]:
     agree(error)
 
 
-def on_main(act: Callable[[], T]) -> T:
-    """Have rank 0 alone do something; what it returned, or raised, reaches every rank. Collective."""
+def on_main(act: Callable[[], T], what: str = "") -> T:
+    """Have rank 0 alone do something; what it returned, or raised, reaches every rank. Collective.
+
+    Args:
+        what: see `agreed`.
+    """
     done: list[T] = []
-    with agreed():
+    with agreed(what):
         if not dist.is_initialized() or dist.get_rank() == 0:
             done.append(act())
     return from_main(done[0] if done else None)  # type: ignore[return-value]  # rank 0 always has one

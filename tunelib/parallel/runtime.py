@@ -150,10 +150,9 @@ class StopSignal:
             return
         if self.received:
             end_at_once(1)
-        self._when = time.monotonic()
+        self.received, self._when = True, time.monotonic()
         if not self._waits:
             raise Stopped("stopped by a signal before training began; the same command begins again")
-        self.received = True
 
 
 def resolve_dtypes(training: Training, device: torch.device) -> tuple[torch.dtype, torch.dtype, torch.dtype]:

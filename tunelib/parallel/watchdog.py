@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tunelib.config.schema import Comm
 from tunelib.errors import HUNG
-from tunelib.parallel.reduce import gather_objects
+from tunelib.parallel.reduce import SAVES, gather_objects
 from tunelib.parallel.runtime import Runtime, end_at_once
 
 HANG_FOLDER = "hang"
@@ -113,9 +113,10 @@ class Watchdog:
 
 
 def _limit_collectives(seconds: float) -> None:
-    """For all groups of this process: those of a mesh, which torch makes with half an hour each, too."""
+    """For the groups of this process that take part in steps: those of a mesh, which torch makes with half an hour each, too."""
     if dist.is_initialized():
         from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
         for group in _world.pg_map:
-            _set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+            if group.group_desc != SAVES:
+                _set_pg_timeout(datetime.timedelta(seconds=seconds), group)
