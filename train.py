@@ -254,10 +254,11 @@ def main(argv: list[str]) -> None:
         # The loop, which ends early, saved, where a signal asks for it.
         console.start_steps(num_steps, progress.step)
         while progress.step < num_steps:
-            is_stopped, is_asked = any_rank((stop.received, runtime.is_main and save_request.exists()), runtime.device)
+            is_stopped, is_asked = any_rank((stop.received, runtime.is_main and save_request.is_file()), runtime.device)
             if is_stopped:
                 break
             if is_asked and progress.step > 0:
+                console.say(f"step {progress.step}: saving, since {save_request} asks for it")
                 save()
                 if runtime.is_main:
                     save_request.unlink(missing_ok=True)

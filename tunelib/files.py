@@ -324,6 +324,14 @@ def remove_folder(folder: Path) -> None:
     _remove(trash)
 
 
+def prepare_folder(folder: Path) -> None:
+    """Make sure that folders can be made in a folder, if it is there, and remove what is left of interrupted work; raises OSError."""
+    if folder.is_dir():
+        probe = folder / f".probe{STAGING}"
+        probe.mkdir(exist_ok=True)
+        remove_debris(folder)
+
+
 def remove_debris(folder: Path) -> None:
     """Remove what interrupted saves and removals left in a folder; an interrupted exchange is undone."""
     for path in folder.glob(f".*{OLD}"):

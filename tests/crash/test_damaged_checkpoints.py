@@ -187,15 +187,20 @@ def test_two_damaged_steps_at_once_are_both_named(runs: Runs, tmp_path: Path) ->
     assert step_names(run) == ["step-2", "step-4", "step-4.damaged-0", "step-6", "step-6.damaged-0", "step-8"]
 
 
-def test_all_steps_damaged_is_a_fresh_start_that_keeps_them(runs: Runs, tmp_path: Path) -> None:
+def test_all_steps_damaged_is_an_error_that_changes_nothing(runs: Runs, tmp_path: Path) -> None:
+    """Nobody wants hours of training begun anew because of permissions, say; whoever does can say so."""
     run = copy_killed(runs, tmp_path)
     for step in (2, 4, 6):
         flip(run.folder / f"checkpoint/step-{step}/.metadata")
+    before = bytes_of(run.folder)
     ended = runs.go_on(run.folder)
+    assert [each.code for each in ended] == [2] * runs.world_size, ended[0].said
+    assert "holds no good checkpoint; nothing was changed:" in ended[0].said
+    assert all(f"step-{step}/.metadata is damaged" in ended[0].said for step in (2, 4, 6))
+    assert bytes_of(run.folder) == before
+    ended = runs.go_on(run.folder, "--checkpoint.resume", "never")
     assert [each.code for each in ended] == [0] * runs.world_size, ended[0].said
-    assert ended[0].said.startswith("starting fresh: no checkpoint to resume in")
     check_same_run(run, runs.whole)
-    assert [name for name in step_names(run) if "damaged" in name] == [f"step-{step}.damaged-0" for step in (2, 4, 6)]
 
 
 def test_flip_of_any_bit_is_found(runs: Runs, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ class CheckpointManager:
         """
         if not self.section.enable_checkpoint:
             return Decision("fresh", "starting fresh: checkpoint.enable_checkpoint is false")
-        on_main(lambda: files.remove_debris(self.folder))
+        on_main(lambda: files.prepare_folder(self.folder), f"{self.folder} cannot be written")
         steps = on_main(self._list_steps)
         if self.section.create_seed_checkpoint:
             if steps:
@@ -113,7 +113,8 @@ class CheckpointManager:
         wanted = self.section.load_step
         if wanted >= 0 and not on_main(lambda: self._is_restart(steps)):
             if wanted not in steps:
-                raise CheckpointError(f"checkpoint.load_step = {wanted}: {self.folder} holds {_name_steps(steps)}")
+                hint = "; without it, the run goes on from the newest good one" if steps else ""
+                raise CheckpointError(f"checkpoint.load_step = {wanted}: {self.folder} holds {_name_steps(steps)}{hint}")
             manifest, problems = self._verify(wanted)
             if problems or manifest["kind"] == "model":
                 raise CheckpointError(problems[0] if problems else f"{self._path(wanted)} holds model weights only: it cannot be resumed from")
@@ -130,11 +131,11 @@ class CheckpointManager:
 
     def _find_newest(self, steps: list[int], num_steps: int) -> Decision:
         passed_over, weights_only = "", -1
+        damaged: dict[int, str] = {}
         for step in reversed(steps):
             manifest, problems = self._verify(step)
             if problems:
-                new_name = on_main(partial(files.set_aside, self._path(step), "damaged")).name
-                passed_over += f"; step {step} is damaged ({'; '.join(problems)}) and is now {new_name}"
+                damaged[step] = "; ".join(problems)
             elif manifest.get("finite") is False:
                 passed_over += f"; step {step} holds numbers that are not finite"
             elif manifest["kind"] == "model":
@@ -143,13 +144,28 @@ class CheckpointManager:
                 passed_over += f"; step {step} holds model weights only"
                 weights_only = max(weights_only, step)
             elif manifest["kind"] == "full" or weights_only < 0:
-                return self._begin_with(step, manifest["kind"], "the newest good checkpoint" + passed_over)
+                return self._begin_with(step, manifest["kind"], "the newest good checkpoint" + passed_over + self._set_aside_damaged(damaged))
         if weights_only >= 0:
             raise CheckpointError(
                 f"{self._path(weights_only)} holds model weights only, and there is no full checkpoint to resume from: start another run from it "
                 "with --checkpoint.initial_load_path, or this one over with --checkpoint.resume never"
             )
+        if damaged:
+            told = "\n".join(f"  step {step}: {problem}" for step, problem in damaged.items())
+            raise CheckpointError(
+                f"{self.folder} holds no good checkpoint; nothing was changed:\n{told}\n"
+                "Mend what can be (permissions, a copy from elsewhere), or start this run over with --checkpoint.resume never."
+            )
         return Decision("fresh", f"starting fresh: no checkpoint to resume in {self.folder}{passed_over}")
+
+    def _set_aside_damaged(self, damaged: dict[int, str]) -> str:
+        """Give damaged steps other names, so that theirs can be written again; what was done, in words. Collective."""
+        said = ""
+        for step, problem in damaged.items():
+            path = self._path(step)
+            new = on_main(partial(files.set_aside, path, "damaged"), f"{path} is damaged ({problem}) and cannot be set aside")
+            said += f"; step {step} is damaged ({problem}) and is now {new.name}"
+        return said
 
     def _begin_with(self, step: int, kind: str, why: str) -> Decision:
         path = self._path(step)
@@ -207,6 +223,7 @@ class CheckpointManager:
         if decision.kind in ("resume", "finished") and decision.state is not None:
             self._saved = (decision.state.step, "full" if decision.kind == "resume" else "model")
             self._good_step = decision.state.step
+            self._bytes = sum(entry["size"] for entry in self._manifest(decision.state.step).get("files", {}).values())
 
     # Saving
 
@@ -232,6 +249,7 @@ class CheckpointManager:
             NumbersError: on every rank: what was written is not finite. A training step need not see that, but nobody should be given it.
         """
         self.wait()
+        self._last_save_time = time.monotonic()
         is_new = (state.step, kind) != self._saved
         if is_new:
             self._write(tensors, state, kind)
@@ -342,7 +360,8 @@ class CheckpointManager:
         files.make_folder(self.folder)
         free = shutil.disk_usage(self.folder).free
         if free < self._bytes:
-            raise SaveError(f"{final} cannot be written: it takes about {self._bytes / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there")
+            needed = f"it takes about {self._bytes / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there"
+            raise SaveError(f"{final} cannot be written: {needed}; room is needed for checkpoint.keep_latest_k of them and one more")
 
     def _retain(self) -> None:
         """Remove full checkpoints that nothing asks to keep. Those that are not finite count for nothing, and go with the good ones after them."""
@@ -369,9 +388,13 @@ class CheckpointManager:
             return {}
 
     def _list_steps(self) -> list[int]:
-        if not self.folder.is_dir():
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
             return []
-        return sorted(int(match[1]) for path in self.folder.iterdir() if path.is_dir() and (match := STEP_NAME.fullmatch(path.name)))
+        except OSError as error:
+            raise UnreachableError(f"{self.folder} cannot be read: {error.strerror}") from None
+        return sorted(int(match[1]) for name in names if (match := STEP_NAME.fullmatch(name)) and (self.folder / name).is_dir())
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step}"

@@ -1,6 +1,9 @@
 """What a person sees while a run goes on: lines, and on a terminal a progress line that stays at the bottom."""
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -22,7 +25,8 @@ class Console:
     def say(self, text: str) -> None:
         """A line of its own."""
         if self._active:
-            tqdm.write(text) if self._bar is not None else print(text, flush=True)
+            with _bearing():
+                tqdm.write(text) if self._bar is not None else print(text, flush=True)
 
     def start_steps(self, num_steps: int, done: int) -> None:
         """The loop begins."""
@@ -38,13 +42,22 @@ class Console:
             self._bar.update(row["step"] - self._bar.n)
         elif self._active:
             left = (self._num_steps - row["step"]) * row["seconds_per_step"]
-            print(f"step {row['step']:>{len(str(self._num_steps))}}/{self._num_steps}  {figures}  lr {row['lr']:.2e}  ETA {_clock(left)}", flush=True)
+            self.say(f"step {row['step']:>{len(str(self._num_steps))}}/{self._num_steps}  {figures}  lr {row['lr']:.2e}  ETA {_clock(left)}")
 
     def end_steps(self) -> None:
         """The loop is over."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+@contextlib.contextmanager
+def _bearing() -> Iterator[None]:
+    """Go on in silence when nobody reads any more, as when Ctrl-C has ended the ``tee`` behind a pipe, too."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _clock(seconds: float) -> str:

@@ -123,7 +123,7 @@ def hold_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
 
 
 class StopSignal:
-    """Whether somebody wants the run to end: Ctrl-C, or SIGTERM or SIGUSR1 from a scheduler. A second signal ends it at once."""
+    """Whether somebody wants the run to end: Ctrl-C, a lost terminal (SIGHUP), SIGTERM or SIGUSR1 from a scheduler. A second one ends it at once."""
 
     def __init__(self) -> None:
         self.received, self._when, self._waits = False, -math.inf, False
@@ -138,7 +138,9 @@ class StopSignal:
         return time.monotonic() - self._when if self.received else 0.0
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # which nohup has it be
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,10 @@
 """Which checkpoint a run goes on from, what is set aside, and what is kept."""
 
 import dataclasses
+import errno
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from tunelib.checkpoint.identity import check_identity
 from tunelib.checkpoint.manager import CheckpointManager, Decision
 from tunelib.checkpoint.state import RunState
 from tunelib.config.schema import Checkpoint
-from tunelib.errors import CheckpointError, SaveError
+from tunelib.errors import CheckpointError, NumbersError, SaveError, UnreachableError
 
 
 def make_manager(folder: Path, **settings: Any) -> CheckpointManager:
@@ -112,22 +115,64 @@ def test_damaged_newest_is_named_and_set_aside_and_an_older_one_is_used(tmp_path
     assert names_in(tmp_path) == {"step-1", "step-2", "step-3", "step-3.damaged-0"}
 
 
-def test_all_damaged_is_a_fresh_start_that_deletes_nothing(tmp_path: Path) -> None:
+def test_all_damaged_is_an_error_that_changes_nothing_until_a_fresh_start_is_asked_for(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
     for step in (1, 2):
         damage(tmp_path, step)
-    decision = begin(make_manager(tmp_path))
-    assert decision.kind == "fresh"
-    assert "step 1 is damaged" in decision.sentence
-    assert names_in(tmp_path) == {"step-1.damaged-0", "step-2.damaged-0"}
+    with pytest.raises(CheckpointError, match=r"holds no good checkpoint; nothing was changed:\n  step 2: .*\n  step 1: "):
+        begin(make_manager(tmp_path))
+    assert names_in(tmp_path) == {"step-1", "step-2"}
+    begin(make_manager(tmp_path, resume="never"))
+    assert names_in(tmp_path) == {"step-1.superseded-0", "step-2.superseded-0"}
 
 
 def test_damage_happens_twice_to_the_same_step(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
     for _ in range(2):
         save_steps(tmp_path, 4)
         damage(tmp_path, 4)
         begin(make_manager(tmp_path))
-    assert names_in(tmp_path) == {"step-4.damaged-0", "step-4.damaged-1"}
+    assert names_in(tmp_path) == {"step-1", "step-4.damaged-0", "step-4.damaged-1"}
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EMFILE, errno.ENOTCONN])
+def test_disk_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    save_steps(tmp_path, 1, 2)
+    for name in ("_checksums_of", "_read_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(manager_module.files, name, fail)
+            with pytest.raises(UnreachableError, match="cannot be read just now"):
+                begin(make_manager(tmp_path))
+    assert names_in(tmp_path) == {"step-1", "step-2"}
+
+
+def test_weights_that_are_not_finite_are_neither_resumed_from_nor_an_end(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    manager = make_manager(tmp_path)
+    for step, kind in ((2, "full"), (3, "model")):
+        with pytest.raises(NumbersError, match="counts for nothing"):
+            manager.save({"w": torch.tensor([1.0, math.nan])}, RunState(step, 10, 1, "cpu", {"data": "x"}), kind)
+    decision = begin(make_manager(tmp_path), num_steps=3)
+    assert decision.sentence.startswith("resuming after step 1: ")
+    with pytest.raises(CheckpointError, match=r"step-2 holds numbers that are not finite: it cannot be resumed from"):
+        begin(make_manager(tmp_path, load_step=2))
+
+
+def test_best_checkpoint_is_not_lost_to_a_loss_that_is_no_number(tmp_path: Path) -> None:
+    manager = make_manager(tmp_path, keep_latest_k=1, keep_best=True)
+    for step, loss in enumerate([math.nan, 1.0, 2.0, 3.0], 1):
+        manager.save(weights(step), RunState(step, 10, 1, "cpu", {}, validation_loss=loss))
+    assert names_in(tmp_path) == {"step-2", "step-4"}
+
+
+def test_folder_that_cannot_be_written_is_known_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(tmp_path, 1)
+    monkeypatch.setattr(manager_module.files.Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(SaveError, match=r"checkpoint cannot be written: .*Permission denied"):
+        begin(make_manager(tmp_path))
 
 
 def test_manifest_that_does_not_say_its_kind_is_damage(tmp_path: Path) -> None:
@@ -301,11 +346,11 @@ def test_retention_counts_full_checkpoints_only_and_never_takes_the_newest(tmp_p
 
 
 def test_set_aside_folders_are_not_counted_and_not_removed(tmp_path: Path) -> None:
-    save_steps(tmp_path, 1)
-    damage(tmp_path, 1)
+    save_steps(tmp_path, 1, 2)
+    damage(tmp_path, 2)
     begin(make_manager(tmp_path))
     save_steps(tmp_path, 2, 3, 4, keep_latest_k=1)
-    assert names_in(tmp_path) == {"step-1.damaged-0", "step-4"}
+    assert names_in(tmp_path) == {"step-2.damaged-0", "step-4"}
 
 
 @pytest.mark.parametrize("how", ["no manifest", "manifest without kind"])
