@@ -190,3 +190,16 @@ def before_step(rank: int, act: Callable[[int], None]) -> None:
         return take_step(model, optimizer, work, *words)
 
     train.train_step = step
+
+
+def signal_in_load(rank: int) -> None:
+    """SIGTERM comes while a checkpoint is loaded."""
+    from tunelib.checkpoint.dcp_reader import SafePlanner
+
+    set_up = SafePlanner.set_up_planner
+
+    def set_up_planner(self: SafePlanner, *words: Any, **more: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        set_up(self, *words, **more)
+
+    SafePlanner.set_up_planner = set_up_planner  # type: ignore[method-assign]

@@ -134,6 +134,13 @@ def test_rollback_waits_for_the_save_in_the_background(train: Train, passed_over
     check_same_run(run, passed_over(5))
 
 
+def test_stop_waits_for_the_good_save_in_the_background(train: Train) -> None:
+    run, ended = train("background stop", "stop", "--checkpoint.async_mode", "async", what="weight", steps=[7])
+    assert ended[0].code == 1
+    assert step_names(run) == ["step-2", "step-4", "step-6"]
+    check_finite(run, {"step-2", "step-4", "step-6"})
+
+
 @pytest.mark.parametrize(("policy", "what"), [("skip", "loss"), ("skip", "gradient"), ("rollback", "gradient"), ("rollback", "weight")])
 def test_limit_counts_the_steps_of_the_whole_run(train: Train, policy: str, what: str) -> None:
     name = f"limit of {policy} {what}"

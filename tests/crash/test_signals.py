@@ -271,3 +271,17 @@ def find_marked(mark: dict[str, str]) -> list[str]:
         except OSError:
             continue  # it has ended
     return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_signal_while_a_checkpoint_is_loaded_is_a_stop(tmp_path: Path, forks: Any, world_size: int) -> None:
+    """torch's DCP takes whatever is raised in it for an error of its own."""
+    toml = write_toml(tmp_path / "tiny.toml", write_chats(tmp_path / "chats.jsonl", 120), "[checkpoint]\nenable_checkpoint = true\n")
+    words = [toml, "--job.dump_folder", tmp_path / "run", "--training.steps"]
+    for ended in forks.run([*words, "4"], world_size):
+        assert ended.code == 0, ended.said
+    first, *others = forks.run([*words, "8"], world_size, fault="signal_in_load")
+    assert [first.code, *(ended.code for ended in others)] == [75] * world_size, first.said
+    assert "stopped by a signal before training began; the same command begins again" in first.said
+    for ended in forks.run([*words, "8"], world_size):
+        assert ended.code == 0, ended.said

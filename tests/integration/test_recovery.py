@@ -131,6 +131,31 @@ def test_file_in_the_run_folder_asks_for_a_checkpoint(tmp_path: Path, toml: Path
         worker.wait()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_lost_terminal_or_reader_does_not_cost_the_run(tmp_path: Path, toml: Path, number: int) -> None:
+    """Ctrl-C also ends the ``tee`` behind a pipe, and then nobody reads what is printed."""
+    run = Run(tmp_path / "run")
+    words = [str(toml), "--training.steps", "100000", "--checkpoint.interval", "100000", "--job.dump_folder", str(run.folder)]
+    worker = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: (run.folder / "metrics.jsonl").exists() and len(run.rows()) > 2)
+        assert worker.stdout is not None
+        worker.stdout.close()
+        steps = len(run.rows())
+        wait_for(lambda: len(run.rows()) > steps + 2)
+        worker.send_signal(number)
+        worker.wait(timeout=30)
+        assert worker.stderr is not None
+        said = worker.stderr.read()
+        worker.stderr.close()
+    finally:
+        worker.kill()
+        worker.wait()
+    assert worker.returncode == 75, said
+    assert "and saved; the same command goes on from there" in said
+    assert len(list((run.folder / "checkpoint").glob("step-*/manifest.json"))) == 1
+
+
 def test_signal_before_training_ends_the_run_where_it_is(tmp_path: Path, toml: Path) -> None:
     """Tokens of many documents are being made then: nothing is lost."""
     data = write_chats(tmp_path / "many.jsonl", 30000)

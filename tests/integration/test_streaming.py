@@ -1,7 +1,9 @@
 """A Hub data set streamed while training: exact after a resume on as many data ranks, refused on another number."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TOKENIZER, Run, run_processes
@@ -50,6 +52,28 @@ def test_streamed_run_resumes_exactly(world_size: int, toml: Path, tmp_path: Pat
     assert len(whole.series("validation_loss")) == 2
     with pytest.raises(AssertionError, match=r"data ranks: \d then, \d now"):
         run_processes([words("halves", 9)], 3 - world_size)
+
+
+def test_rollback_gives_a_stream_its_rows_again(toml: Path, train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the very step before the one that is passed over, and further; the rows after it are those of a run that only skips it."""
+    import train as program
+
+    take_step, faulty = program.train_step, set[int]()
+
+    def spoilt_once(model: Any, optimizer: Any, work: Any, *words: Any) -> tuple[float, float]:
+        if work.number == 4 and 4 not in faulty:
+            faulty.add(4)
+            return math.nan, math.nan
+        return take_step(model, optimizer, work, *words)
+
+    monkeypatch.setattr(program, "train_step", spoilt_once)
+    losses = {}
+    for policy, interval in (("skip", "3"), ("rollback", "3"), ("rollback", "2")):
+        faulty.clear()
+        words = ["--training.steps", "7", *WORDS[:-1], interval, "--training.on_nonfinite", policy]
+        losses[policy, interval] = train(toml, *words).series("loss")
+    assert len(losses["skip", "3"]) == 6
+    assert losses["rollback", "3"] == losses["rollback", "2"] == losses["skip", "3"]
 
 
 def test_row_that_one_rank_cannot_read_is_named_by_all(toml: Path, tmp_path: Path) -> None:

@@ -161,6 +161,15 @@ def test_weights_that_are_not_finite_are_neither_resumed_from_nor_an_end(tmp_pat
         begin(make_manager(tmp_path, load_step=2))
 
 
+def test_weights_alone_take_the_place_of_the_full_checkpoint_that_a_signal_had_saved_at_the_last_step(tmp_path: Path) -> None:
+    save_steps(tmp_path, 8)
+    manager = make_manager(tmp_path)
+    manager.load({"w": torch.zeros(3)}, begin(manager))
+    assert manager.save(weights(8), RunState(8, 80, 1, "cpu", {}), "model") is not None
+    assert files.read_manifest(tmp_path / "checkpoint/step-8")["kind"] == "model"
+    assert names_in(tmp_path) == {"step-8", "step-8.superseded-0"}
+
+
 def test_best_checkpoint_is_not_lost_to_a_loss_that_is_no_number(tmp_path: Path) -> None:
     manager = make_manager(tmp_path, keep_latest_k=1, keep_best=True)
     for step, loss in enumerate([math.nan, 1.0, 2.0, 3.0], 1):
