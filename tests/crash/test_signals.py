@@ -69,7 +69,7 @@ PLACES: dict[str, tuple[str, int, int | None]] = {
     "start, the model spread": ("train.spread_model", 1, None),
     "start, weights": ("train.fill", 1, None),
     "start, the optimizer": ("train.build_optimizer", 1, None),
-    "start, the opening lines": ("train.opening_lines", 1, None),
+    "start, the opening lines": ("train.opening_lines", 1, 0),
     "first validation": ("train.evaluate", 1, 0),
     "first samples": ("train.answer_prompts", 1, 0),
     "first step": ("train.train_step", 1, 1),

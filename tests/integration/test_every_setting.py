@@ -773,7 +773,7 @@ def _(lab: Lab) -> None:
         manager = CheckpointManager(section, lab.folder / f"grace-{seconds}", True, "", "{}")
         manager.save({"w": torch.ones(3)}, RunState(1, 10, 1, "cpu", {}))
         manager._seconds = 60.0  # as a larger one takes
-        said[seconds] = manager.save_in_time({"w": torch.ones(3)}, RunState(2, 20, 1, "cpu", {}), 0.0)
+        said[seconds] = manager.save_in_time({"w": torch.ones(3)}, RunState(2, 20, 1, "cpu", {}), lambda: 0.0)
     assert "not saved, since a save takes about 60 s, and 10 s are left" in said[10]
     assert said[1000] == "and saved; the same command goes on from there"
 
