@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunelib.checkpoint.drill_traces import (
     Comparison,
@@ -27,6 +28,7 @@ from tunelib.checkpoint.drill_traces import (
 from tunelib.checkpoint.drill_worker import KILLED_FILE
 from tunelib.errors import EXIT_CODE_FILE, TunelibError
 from tunelib.files import staging_of
+from tunelib.parallel.runtime import die_with_parent
 
 ROOT = Path(__file__).parents[2]
 UNINTERRUPTED, KILLED, RESUMED, LOG = "uninterrupted", "killed", "resumed-{}", "log.txt"
@@ -221,8 +223,9 @@ def run_program(plan: Plan, name: str, num_processes: int, staging: Path | None 
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // num_processes, 1)))
         environment |= {EXIT_CODE_FILE: str(place / "torchrun/exit_code"), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
     with open(log, "wb") as output:
-        program = [sys.executable, *words]
-        started = subprocess.Popen(program, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "start_new_session": True}
+        # A signal may come before there is anything that `ending` could end.
+        started = subprocess.Popen([sys.executable, *words], env=environment, preexec_fn=die_with_parent, **how)
         with ending(started, gently=num_processes > 1):
             try:
                 code = started.wait(plan.timeout_seconds)

@@ -78,7 +78,7 @@ def start(training: Training, comm: Comm) -> Iterator[Runtime]:
     if training.deterministic:  # read by cuBLAS at its first use
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if world_size > 1:
-        _die_with_parent()
+        die_with_parent()
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # how some collectives could be fewer
     random.seed(training.seed)
     np.random.seed(training.seed & 0xFFFFFFFF)
@@ -228,8 +228,8 @@ def _leave_exit_code(code: int) -> int:
     return code
 
 
-def _die_with_parent() -> None:
-    """Have the system end this process when torchrun dies; it would live on, in a session of its own (Linux only)."""
+def die_with_parent() -> None:
+    """Have the system end this process when the one that started it dies; it would live on, in a session of its own (Linux only)."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
