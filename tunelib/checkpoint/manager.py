@@ -253,6 +253,8 @@ class CheckpointManager:
         is_new = (state.step, kind) != self._saved
         if is_new:
             self._write(tensors, state, kind)
+        else:
+            on_main(self._retain)  # from which an interruption may have kept the save
         if state.step != self._good_step:
             error = NumbersError(
                 f"{self._path(state.step)} holds numbers that are not finite, and counts for nothing; the same command goes on from the newest good "

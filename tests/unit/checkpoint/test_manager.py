@@ -170,6 +170,14 @@ def test_weights_alone_take_the_place_of_the_full_checkpoint_that_a_signal_had_s
     assert names_in(tmp_path) == {"step-8", "step-8.superseded-0"}
 
 
+def test_rotation_that_was_interrupted_is_done_when_the_run_ends_again(tmp_path: Path) -> None:
+    save_steps(tmp_path, 4, 6)  # without a limit
+    manager = make_manager(tmp_path, keep_latest_k=1)
+    manager.load({"w": torch.zeros(3)}, begin(manager))
+    assert manager.save(weights(6), RunState(6, 60, 1, "cpu", {})) is None
+    assert names_in(tmp_path) == {"step-6"}
+
+
 def test_best_checkpoint_is_not_lost_to_a_loss_that_is_no_number(tmp_path: Path) -> None:
     manager = make_manager(tmp_path, keep_latest_k=1, keep_best=True)
     for step, loss in enumerate([math.nan, 1.0, 2.0, 3.0], 1):
