@@ -64,10 +64,10 @@ def measure_here(toml: str, folder: str, mode: str) -> None:
         call(self, *words)
         found["calls"].append(time.monotonic() - begun)
 
-    def watched_write(self: CheckpointManager, *words: Any) -> Path:
+    def watched_write(self: CheckpointManager, *words: Any) -> None:
         writing[0], begun = True, time.monotonic()
         try:
-            return write(self, *words)
+            write(self, *words)
         finally:
             writing[0] = False
             found["saves"].append(time.monotonic() - begun)
