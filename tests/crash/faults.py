@@ -1,5 +1,6 @@
 """What goes wrong in a run, put in by the process itself before train.py begins; each function is named by a case of forks.py."""
 
+import concurrent.futures
 import contextlib
 import ctypes
 import itertools
@@ -18,6 +19,7 @@ from crash.disk import arm, disarm
 from torch._dynamo.callback import callback_handler
 
 import train
+from tunelib.checkpoint.dcp_writer import Background
 from tunelib.checkpoint.manager import CheckpointManager
 from tunelib.data import index
 from tunelib.parallel.reduce import local
@@ -176,8 +178,21 @@ def no_room_from(rank: int, step: int, disk: str, leave: int, until: int | None 
 
 
 def room_again(rank: int, step: int, ballast: str) -> None:
-    """Somebody clears the disk before a step."""
-    before_step(rank, lambda number: Path(ballast).unlink() if number == step else None)
+    """Somebody clears the disk before a step, when what is saved in the background has met the full one."""
+    start, begun = Background.start, []
+
+    def start_and_remember(self: Background, *words: Any) -> None:
+        start(self, *words)
+        begun.append(self._pending)
+
+    Background.start = start_and_remember  # type: ignore[method-assign]
+
+    def clear(number: int) -> None:
+        if number == step:
+            concurrent.futures.wait(begun)
+            Path(ballast).unlink()
+
+    before_step(rank, clear)
 
 
 def before_step(rank: int, act: Callable[[int], None]) -> None:

@@ -1,12 +1,11 @@
 """A Hub data set streamed while training: exact after a resume on as many data ranks, refused on another number."""
 
-import math
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import TOKENIZER, Run, run_processes
+from conftest import ROOT, TOKENIZER, Run, run_processes, run_ranks
 from hub_server import hub_environment, serve_hub
 
 WORDS = ["--training.global_batch_size", "4", "--checkpoint.enable_checkpoint", "--checkpoint.interval", "3"]
@@ -54,26 +53,36 @@ def test_streamed_run_resumes_exactly(world_size: int, toml: Path, tmp_path: Pat
         run_processes([words("halves", 9)], 3 - world_size)
 
 
-def test_rollback_gives_a_stream_its_rows_again(toml: Path, train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the very step before the one that is passed over, and further; the rows after it are those of a run that only skips it."""
-    import train as program
-
-    take_step, faulty = program.train_step, set[int]()
-
-    def spoilt_once(model: Any, optimizer: Any, work: Any, *words: Any) -> tuple[float, float]:
-        if work.number == 4 and 4 not in faulty:
+SPOILT_ONCE = """
+import json, math, sys
+import train as program
+take_step = program.train_step
+for words in json.loads(sys.argv[1]):
+    faulty = set()
+    def step(model, optimizer, work, *rest):
+        if work.number == 4 and not faulty:
             faulty.add(4)
             return math.nan, math.nan
-        return take_step(model, optimizer, work, *words)
+        return take_step(model, optimizer, work, *rest)
+    program.train_step = step
+    program.main(words)
+"""
 
-    monkeypatch.setattr(program, "train_step", spoilt_once)
-    losses = {}
+
+def test_rollback_gives_a_stream_its_rows_again(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the very step before the one that is passed over, and further; the rows after it are those of a run that only skips it.
+
+    In a process of its own: the Hub's client reads where the Hub is when it is imported.
+    """
+    cases = []
     for policy, interval in (("skip", "3"), ("rollback", "3"), ("rollback", "2")):
-        faulty.clear()
-        words = ["--training.steps", "7", *WORDS[:-1], interval, "--training.on_nonfinite", policy]
-        losses[policy, interval] = train(toml, *words).series("loss")
-    assert len(losses["skip", "3"]) == 6
-    assert losses["rollback", "3"] == losses["rollback", "2"] == losses["skip", "3"]
+        folder = ["--job.dump_folder", str(tmp_path / f"{policy}{interval}")]
+        cases.append([str(toml), *folder, "--training.steps", "7", *WORDS[:-1], interval, "--training.on_nonfinite", policy])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run_ranks(["-W", "error", "-c", SPOILT_ONCE, json.dumps(cases)], 1)
+    skipped = Run(tmp_path / "skip3").series("loss")
+    assert len(skipped) == 6
+    assert Run(tmp_path / "rollback3").series("loss") == Run(tmp_path / "rollback2").series("loss") == skipped
 
 
 def test_row_that_one_rank_cannot_read_is_named_by_all(toml: Path, tmp_path: Path) -> None:
