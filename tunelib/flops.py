@@ -1,0 +1,34 @@
+"""The matrix products that a training step cannot do without, counted in floating-point operations.
+
+A product of (m, k) and (k, n) takes 2 m k n. What is recomputed, what is done for padding, masked keys or untrained positions, and
+everything that is no matrix product is left out: whoever skips work is not credited with it, and whoever does more is not either.
+"""
+
+from collections.abc import Sequence
+
+from tunelib.model.config import ModelConfig
+
+
+def layer_matrices(config: ModelConfig) -> list[tuple[int, int]]:
+    """(in, out) of each linear layer of a decoder layer: q, k, v, o, gate, up, down."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return [(hidden, q_size), (hidden, kv_size), (hidden, kv_size), (q_size, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+
+
+def step_flops(config: ModelConfig, document_lengths: Sequence[int], num_trained: int, lora_rank: int = 0) -> int:
+    """Of the forward and backward pass over whole documents.
+
+    Args:
+        document_lengths: in tokens.
+        num_trained: tokens whose loss is taken; the head is needed there alone.
+        lora_rank: of adapters on all linear layers, whose base has no weight gradients; 0 for full training.
+    """
+    num_tokens, matrices = sum(document_lengths), layer_matrices(config)
+    passes = 2 if lora_rank else 3  # forward, gradients of inputs, and of weights
+    linear = sum(2 * num_tokens * inputs * outputs for inputs, outputs in matrices) * passes
+    adapters = sum(2 * num_tokens * lora_rank * (inputs + outputs) for inputs, outputs in matrices) * 3
+    # Queries with keys and probabilities with values, of which causality leaves half; in the backward pass each has two gradients.
+    attention = sum(2 * length**2 * config.num_attention_heads * config.head_dim for length in document_lengths) * 3
+    head = 2 * num_trained * config.hidden_size * config.vocab_size * passes
+    return (linear + adapters + attention) * config.num_hidden_layers + head
