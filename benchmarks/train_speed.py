@@ -88,7 +88,9 @@ def flops_per_token(workload: Workload, documents: Path) -> float:
     listed = read_documents(documents)
     lengths = [len(one["input_ids"]) for one in listed]
     trained = sum(label != UNTRAINED for one in listed for label in one["labels"][1:])
-    return step_flops(parse_config({"architectures": ["LlamaForCausalLM"], **asdict(workload.shape)}, workload.title), lengths, trained, workload.lora_rank) / sum(lengths)
+    return step_flops(
+        parse_config({"architectures": ["LlamaForCausalLM"], **asdict(workload.shape)}, workload.title), lengths, trained, workload.lora_rank
+    ) / sum(lengths)
 
 
 def spread(values: list[float], form: str) -> str:
@@ -136,7 +138,9 @@ def main() -> None:
             firsts = spread([one.first_step_seconds for one in seen], ".1f")
             print(f"{name:22} {spread(rates, '.0f'):>18} {spread(ratios, '.2f'):>18} × {max(one.peak_gb for one in seen):8.2f} {firsts:>18}")
         shares = [one.tokens_per_second * needed / peak for one, peak in zip(runs["tunelib"], peaks, strict=True)]
-        print(f"\nproducts of matrices: {spread([peak / 1e9 for peak in peaks], '.0f')} GFLOP/s; tunelib reaches {spread(shares, '.0%')} of the limit")
+        print(
+            f"\nproducts of matrices: {spread([peak / 1e9 for peak in peaks], '.0f')} GFLOP/s; tunelib reaches {spread(shares, '.0%')} of the limit"
+        )
         if rivals:
             frugal = min(rivals, key=lambda name: rivals[name].peak_gb)
             ratio = max(one.peak_gb for one in runs["tunelib"]) / rivals[frugal].peak_gb

@@ -1,6 +1,6 @@
 """litgpt's models and chunked loss, in its own environment, put together as its pretraining and finetuning do.
 
-    litgpt_fit.py WORKLOAD DOCUMENTS STEPS [eager | compile]
+litgpt_fit.py WORKLOAD DOCUMENTS STEPS [eager | compile]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A plain training loop as one writes it: packed rows with a mask, all logits, autograd; nothing of tunelib.
 
-    loop.py WORKLOAD DOCUMENTS STEPS [compile]
+loop.py WORKLOAD DOCUMENTS STEPS [compile]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """tunelib's own train.py, watched from outside.
 
-    ours.py WORKLOAD DOCUMENTS STEPS [compile | eager] [one of several processes: its rank is in the environment]
+ours.py WORKLOAD DOCUMENTS STEPS [compile | eager] [one of several processes: its rank is in the environment]
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """torchtune's models, packing, loss and compilation, in its own environment, put together as its single-device recipes do.
 
-    torchtune_recipe.py WORKLOAD DOCUMENTS STEPS [eager | compile]
+torchtune_recipe.py WORKLOAD DOCUMENTS STEPS [eager | compile]
 """
 
 import sys

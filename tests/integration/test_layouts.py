@@ -204,11 +204,11 @@ TRAFFIC: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
         {"data_parallel_replicate_degree": 2},
         {"all_gather": GATHERED, "reduce_scatter": LAYERS + 1, "all_reduce": LAYERS + 1},
     ),
-    # A gather before attention and feed-forward, a scatter after each, and the reverse going back; embedding, head, norms, 3 of the loss.
+    # A gather before attention and feed-forward, a scatter after each, and the reverse going back; embedding, head, norms, 2 of the loss.
     "tensor": (
         2,
         {"tensor_parallel_degree": 2},
-        {"all_gather": 4 * LAYERS + 2, "reduce_scatter": 4 * LAYERS + 1, "all_reduce": 2 * LAYERS + 1 + 3},
+        {"all_gather": 4 * LAYERS + 2, "reduce_scatter": 4 * LAYERS + 2, "all_reduce": 2 * LAYERS + 1 + 2},
     ),
     "context": (2, {"context_parallel_degree": 2}, {"all_gather": GATHERED + LAYERS, "reduce_scatter": 2 * LAYERS + 1}),
 }

@@ -158,7 +158,9 @@ class Decoder(nn.Module):
         if not self.is_last:
             return hidden
         if labels is not None:
-            return (self.head_share.loss if self.head_share is not None else summed_loss)(hidden, labels, self.lm_head)
+            if self.head_share is not None:
+                return self.head_share.loss(hidden, labels, self.lm_head)
+            return summed_loss(hidden, labels, self.lm_head.weight)
         return self.lm_head(hidden) if self.head_share is None else self.head_share.logits(hidden, self.lm_head)[:, :width]
 
 

@@ -1,21 +1,94 @@
-"""The loss: a sum over trained tokens, never a mean, so that any split of a batch adds up to the same number (law 1)."""
+"""The loss: a sum over trained tokens, never a mean, so that any split of a batch adds up to the same number (law 1).
+
+T trained tokens, V vocabulary.
+"""
+
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tunelib.batch import IGNORED
 
+POSITIONS_AT_ONCE = 1024
+"""Rows of logits that are held; with fewer, the head's gradient would be read and written again too often."""
 
-def summed_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+
+class VocabularyShare(Protocol):
+    """What a process that has a part of the vocabulary asks of the others (`tunelib.parallel.tensor`)."""
+
+    @property
+    def first(self) -> int: ...  # token id of this process's first row of the head
+    def combine(self, logsumexp: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]: ...  # of all parts together; (t, 1) each
+
+
+def summed_loss(hidden: Tensor, labels: Tensor, head: Tensor, share: VocabularyShare | None = None) -> Tensor:
     """Cross-entropy in nats, summed over the trained tokens of a micro-batch, in float32 or better; 0 where there is none.
+
+    The head is computed at trained positions only, and its logits are never all there.
 
     Args:
         hidden: (B, S, hidden) after the last norm.
         labels: (B, S), IGNORED where a token is not trained.
-        head: maps (T, hidden) to (T, V) logits; called with the T trained positions only.
+        head: (V, hidden), or this process's rows of it.
+        share: where other processes have other rows; the gradient of ``hidden`` is then a part of a sum over them.
     """
     trained = labels != IGNORED
-    logits = head(hidden[trained])  # (T, V)
-    precise = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(precise), labels[trained], reduction="sum")
+    return _HeadLoss.apply(hidden[trained], head, labels[trained], share, torch.is_grad_enabled())
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Head and cross-entropy, some positions at a time.
+
+    The loss is the last thing of a forward pass, and its gradient a number: so the gradients of hidden states and head are formed while the
+    logits are there, and the backward pass scales them. Nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, share: VocabularyShare | None, with_gradients: bool) -> Tensor:
+        """hidden (T, hidden), head (V, hidden), labels (T) → the sum of their losses."""
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=precise, device=hidden.device)
+        hidden_needs, head_needs = (with_gradients and needs for needs in ctx.needs_input_grad[:2])
+        of_hidden = torch.empty_like(hidden) if hidden_needs else None
+        of_head = None
+        for begin in range(0, len(labels), POSITIONS_AT_ONCE):
+            at_once = slice(begin, begin + POSITIONS_AT_ONCE)
+            part = hidden[at_once]
+            logits = (part @ head.T).to(precise)  # (t, V)
+            wanted = labels[at_once, None] - (share.first if share else 0)
+            is_here = (wanted >= 0) & (wanted < len(head))
+            wanted = torch.where(is_here, wanted, 0)
+            chosen = torch.where(is_here, logits.gather(1, wanted), 0)
+            largest, where = logits.max(1, keepdim=True)
+            shares = torch.ops.aten._softmax.out(logits, 1, False, out=logits)  # whose largest is 1 / the sum of powers
+            own = total = largest - shares.gather(1, where).log()
+            if share is not None:
+                total, chosen = share.combine(own, chosen)
+            loss += (total - chosen).sum()
+            if not (hidden_needs or head_needs):
+                continue
+            if share is not None:
+                shares *= (own - total).exp()
+            of_logits = shares.scatter_add_(1, wanted, -is_here.to(precise)).to(hidden.dtype)
+            if of_hidden is not None:
+                torch.mm(of_logits, head, out=of_hidden[at_once])
+            if head_needs:
+                of_head = _add_product(of_head, of_logits.T, part, precise if len(labels) > POSITIONS_AT_ONCE else head.dtype)
+        if head_needs:
+            of_head = torch.zeros_like(head) if of_head is None else of_head.to(head.dtype)
+        ctx.save_for_backward(of_hidden, of_head)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        # Not in place: a pipeline's schedule may come twice, for inputs and later for weights.
+        of_hidden, of_head = (gradient if gradient is None else gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return of_hidden, of_head, None, None, None
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left right, in place, where sums of many products keep a type that does not lose small ones."""
+    if total is None:
+        return (left @ right).to(dtype)
+    return total.addmm_(left, right) if left.dtype == dtype else total.add_(left @ right)

@@ -329,17 +329,18 @@ class _Ledger(TorchDispatchMode):
         def leave(_gradient: Tensor) -> None:
             self.in_head = False
 
-        def arrive(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def arrive(_norm: nn.Module, _inputs: Any, hidden: Tensor) -> None:
             self.in_head = True
-            if inputs[0].requires_grad:
-                inputs[0].register_hook(leave)
+            self.rename("gathered", model.lm_head.parameters())  # which the loss computes with
+            if hidden.requires_grad:
+                hidden.register_hook(leave)
 
         def compute(module: nn.Module, _inputs: Any) -> None:
             self.rename("gathered", module.parameters())
 
         handles = [module.register_forward_pre_hook(compute) for module in model.modules() if module._parameters]
         if model.is_last:
-            handles.append(model.lm_head.register_forward_pre_hook(arrive))
+            handles.append(model.model.norm.register_forward_hook(arrive))
         try:
             yield
         finally:

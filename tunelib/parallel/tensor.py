@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -28,6 +28,7 @@ from tunelib.config.schema import Lora
 from tunelib.errors import ConfigError
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder
+from tunelib.model.loss import summed_loss
 
 BY_ROWS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 BY_COLUMNS = ("self_attn.o_proj", "mlp.down_proj")
@@ -136,43 +137,33 @@ class HeadShare:
 
     def loss(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
         """What `tunelib.model.loss.summed_loss` gives, without logits of the whole vocabulary anywhere."""
-        trained = labels != IGNORED
-        logits = head(_whole(hidden)[trained]).to_local()  # (T, V / n)
-        precise = torch.promote_types(logits.dtype, torch.float32)
-        first = self.mesh.get_local_rank() * logits.shape[1]
-        return _SummedLoss.apply(logits.to(precise), labels[trained] - first, self.mesh.get_group())
+        assert isinstance(head.weight, DTensor)
+        rows = head.weight.to_local()  # (V / n, hidden)
+        part = _VocabularyPart(self.mesh.get_local_rank() * len(rows), self.mesh.get_group())
+        return summed_loss(_whole(hidden).to_local(grad_placements=[Partial()]), labels, rows, part)
 
     def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
         """(B, S, V), whole on every process."""
-        return head(_whole(hidden)).full_tensor()
+        return head(_whole(hidden).to_local()).full_tensor()
 
 
-def _whole(hidden: Tensor) -> Tensor:
+def _whole(hidden: Tensor) -> DTensor:
     """(B, S, hidden) on every process, of what the last norm leaves split along the sequence."""
     assert isinstance(hidden, DTensor)
-    return hidden.redistribute(placements=[Replicate()]).to_local()
+    return hidden.redistribute(placements=[Replicate()])
 
 
-class _SummedLoss(torch.autograd.Function):
-    """Cross-entropy summed over tokens, of logits (T, V / n) of which each process has a part."""
+@dataclass(frozen=True)
+class _VocabularyPart:
+    """This process's part of the vocabulary, for `summed_loss`."""
 
-    @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Args: labels, counted from the first of this process's logits; those of others lie outside."""
-        largest = logits.amax(dim=1) if logits.shape[0] else logits.new_empty(0)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        powers = (logits - largest[:, None]).exp_()
-        sums = powers.sum(dim=1)
-        is_here = (labels >= 0) & (labels < logits.shape[1])
-        inside = labels.clamp(0, logits.shape[1] - 1)[:, None]
-        chosen = torch.where(is_here, (logits.gather(1, inside)[:, 0] - largest), 0.0)
-        both = torch.stack((sums, chosen))
-        dist.all_reduce(both, group=group)
-        sums, chosen = both
-        ctx.save_for_backward(powers.div_(sums[:, None]), inside, is_here)
-        return (sums.log() - chosen).sum()
+    first: int
+    group: dist.ProcessGroup
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        shares, inside, is_here = ctx.saved_tensors
-        return shares.scatter_add(1, inside, -is_here.to(shares.dtype)[:, None]) * grad, None, None
+    def combine(self, logsumexp: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Over the whole vocabulary, of what each process has of its part. Collective."""
+        largest = logsumexp.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        both = torch.stack(((logsumexp - largest).exp_(), chosen))
+        dist.all_reduce(both, group=self.group)
+        return largest + both[0].log(), both[1]

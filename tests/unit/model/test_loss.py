@@ -22,13 +22,13 @@ def make_case() -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:
 def test_loss_is_torchs_cross_entropy_summed() -> None:
     hidden, labels, head = make_case()
     expected = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    torch.testing.assert_close(summed_loss(hidden, labels, head), expected)
+    torch.testing.assert_close(summed_loss(hidden, labels, head.weight), expected)
 
 
 def test_losses_of_micro_batches_add_up_to_the_batchs() -> None:
     hidden, labels, head = make_case()
-    parts = sum(summed_loss(hidden[row : row + 1], labels[row : row + 1], head) for row in range(4))
-    torch.testing.assert_close(parts, summed_loss(hidden, labels, head))
+    parts = sum(summed_loss(hidden[row : row + 1], labels[row : row + 1], head.weight) for row in range(4))
+    torch.testing.assert_close(parts, summed_loss(hidden, labels, head.weight))
 
 
 def test_micro_batch_without_a_trained_token_gives_zero_and_zero_gradients() -> None:
@@ -45,7 +45,7 @@ def test_micro_batch_without_a_trained_token_gives_zero_and_zero_gradients() -> 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
 def test_loss_is_in_float32_or_better(dtype: torch.dtype, expected: torch.dtype) -> None:
     hidden, labels, head = make_case()
-    assert summed_loss(hidden.to(dtype), labels, head.to(dtype)).dtype == expected
+    assert summed_loss(hidden.to(dtype), labels, head.weight.to(dtype)).dtype == expected
 
 
 def test_model_with_labels_gives_the_loss_of_its_logits() -> None:
