@@ -54,27 +54,14 @@ class _HeadLoss(torch.autograd.Function):
         of_head = None
         for begin in range(0, len(labels), POSITIONS_AT_ONCE):
             at_once = slice(begin, begin + POSITIONS_AT_ONCE)
-            part = hidden[at_once]
-            logits = (part @ head.T).to(precise)  # (t, V)
-            wanted = labels[at_once, None] - (share.first if share else 0)
-            is_here = (wanted >= 0) & (wanted < len(head))
-            wanted = torch.where(is_here, wanted, 0)
-            chosen = torch.where(is_here, logits.gather(1, wanted), 0)
-            largest, where = logits.max(1, keepdim=True)
-            shares = torch.ops.aten._softmax.out(logits, 1, False, out=logits)  # whose largest is 1 / the sum of powers
-            own = total = largest - shares.gather(1, where).log()
-            if share is not None:
-                total, chosen = share.combine(own, chosen)
-            loss += (total - chosen).sum()
-            if not (hidden_needs or head_needs):
-                continue
-            if share is not None:
-                shares *= (own - total).exp()
-            of_logits = shares.scatter_add_(1, wanted, -is_here.to(precise)).to(hidden.dtype)
+            summed, of_logits = _loss_of_logits((hidden[at_once] @ head.T).to(precise), labels[at_once, None], share)
+            loss += summed
+            of_logits = of_logits.to(hidden.dtype)
             if of_hidden is not None:
                 torch.mm(of_logits, head, out=of_hidden[at_once])
             if head_needs:
-                of_head = _add_product(of_head, of_logits.T, part, precise if len(labels) > POSITIONS_AT_ONCE else head.dtype)
+                of_head = _add_product(of_head, of_logits.T, hidden[at_once], precise if len(labels) > POSITIONS_AT_ONCE else head.dtype)
+            del of_logits  # before there are others
         if head_needs:
             of_head = torch.zeros_like(head) if of_head is None else of_head.to(head.dtype)
         ctx.save_for_backward(of_hidden, of_head)
@@ -85,6 +72,21 @@ class _HeadLoss(torch.autograd.Function):
         # Not in place: a pipeline's schedule may come twice, for inputs and later for weights.
         of_hidden, of_head = (gradient if gradient is None else gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
         return of_hidden, of_head, None, None, None
+
+
+def _loss_of_logits(logits: Tensor, labels: Tensor, share: VocabularyShare | None) -> tuple[Tensor, Tensor]:
+    """The summed cross-entropy of logits (t, V) with labels (t, 1), and its gradient, in the logits' memory."""
+    labels = labels - (share.first if share else 0)
+    is_here = (labels >= 0) & (labels < logits.shape[1])
+    labels = torch.where(is_here, labels, 0)
+    chosen = torch.where(is_here, logits.gather(1, labels), 0)
+    largest, where = logits.max(1, keepdim=True)
+    shares = torch.ops.aten._softmax.out(logits, 1, False, out=logits)  # the largest of which is 1 / the sum of powers
+    own = total = largest - shares.gather(1, where).log()
+    if share is not None:
+        total, chosen = share.combine(own, chosen)
+        shares *= (own - total).exp()
+    return (total - chosen).sum(), shares.scatter_add_(1, labels, -is_here.to(shares.dtype))
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
