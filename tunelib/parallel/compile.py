@@ -59,8 +59,11 @@ def apply_compile(model: Decoder) -> None:
     gradient on, or a wrong one, and said nothing (torch 2.13).
     """
     import torch._dynamo
+    import torch._functorch.config
 
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # What a norm or SwiGLU gives is worked out again in the backward pass, though products need it there; to keep it takes a fifth more memory.
+    torch._functorch.config.ban_recompute_materialized_backward = False
     for layer in model.model.layers.values():
         assert isinstance(layer, DecoderLayer)
         plain = layer.forward
