@@ -1,5 +1,6 @@
 """Activations worked out again: the same numbers, more work, less memory."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,3 +68,15 @@ def test_less_is_kept_for_the_backward_pass(tmp_path: Path, train: Callable[...,
         monkeypatch.setattr(program, "train_step", watched(name))
         train(toml, "--training.steps", "1", *MODES[name])
     assert kept[mode] < 0.75 * kept["none"], kept
+
+
+def test_documents_attended_to_in_blocks_give_the_same_numbers(tmp_path: Path, train: Callable[..., Run]) -> None:
+    """Of a length that torch's own attention is slower with on a CPU."""
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps({"input_ids": [(7 * row + place) % 600 for place in range(400)]}) + "\n" for row in range(12)))
+    toml = write_toml(tmp_path / "tiny.toml", data)
+    words = ["--training.seq_len", "410", "--training.steps", "3", "--training.global_batch_size", "2", "--checkpoint.no-verify_export"]
+    runs = {name: train(toml, *words, *chosen) for name, chosen in MODES.items()}
+    for name, run in runs.items():
+        assert run.series("loss") == runs["none"].series("loss"), name
+        assert run.series("grad_norm") == runs["none"].series("grad_norm"), name

@@ -105,7 +105,7 @@ def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple
     attended = []
     for of_document in zip(*pieces, strict=True):  # (L, H, D), (L, K, D)
         if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and len(of_document[0]) in FASTER_IN_BLOCKS:
-            attended.append(BlockAttention.apply(*of_document))
+            attended.append(block_attention(*of_document))
             continue
         q_i, k_i, v_i = (tensor.transpose(0, 1).unsqueeze(0) for tensor in of_document)  # (1, H, L, D)
         out = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
@@ -113,36 +113,49 @@ def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple
     return torch.cat(attended).unflatten(0, q.shape[:2])
 
 
-class BlockAttention(torch.autograd.Function):
+@torch.library.custom_op("tunelib::block_attention", mutates_args=())  # to autograd and to what keeps or recomputes activations it is one
+def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of one document from large products of matrices, a block of queries with all keys up to its last at a time.
 
-    Nothing is kept for the backward pass but q, k and v. Products are taken per kv head, for the G query heads that share it together.
+    q (L, H, D), k, v (L, K, D) → (L, H, D). Products are taken per kv head, for the G query heads that share it together. Nothing is kept for the
+    backward pass but q, k and v.
     """
+    out = torch.empty(q.shape, dtype=q.dtype)
+    for block in _blocks(q, k):
+        place = block.queries_of(out)
+        place.copy_(torch.bmm(block.shares(q, k)[1], block.keys_of(v)).view(place.shape))
+    return out
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (L, H, D), k, v (L, K, D) → (L, H, D)."""
-        ctx.save_for_backward(q, k, v)
-        out = torch.empty_like(q)
-        for block in _blocks(q, k):
-            place = block.queries_of(out)
-            place.copy_(torch.bmm(block.shares(q, k)[1], block.keys_of(v)).view(place.shape))
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = ctx.saved_tensors
-        of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for block in _blocks(q, k):
-            queries, shares = block.shares(q, k)
-            of_part = block.queries_of(of_out).contiguous().view_as(queries)
-            block.keys_of(of_v).add_(torch.bmm(shares.transpose(1, 2), of_part))
-            of_shares = torch.bmm(of_part, block.keys_of(v).transpose(1, 2))
-            of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, q.dtype)
-            place = block.queries_of(of_q)
-            torch.mul(torch.bmm(of_scores, block.keys_of(k)).view(place.shape), q.shape[-1] ** -0.5, out=place)
-            block.keys_of(of_k).add_(torch.bmm(of_scores.transpose(1, 2), queries))  # which are divided by sqrt(D)
-        return of_q, of_k, of_v
+@torch.library.custom_op("tunelib::block_attention_backward", mutates_args=())
+def _block_attention_backward(of_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    of_q, of_k, of_v = torch.empty(q.shape, dtype=q.dtype), torch.zeros(k.shape, dtype=k.dtype), torch.zeros(v.shape, dtype=v.dtype)
+    for block in _blocks(q, k):
+        queries, shares = block.shares(q, k)
+        of_part = block.queries_of(of_out).contiguous().view_as(queries)
+        block.keys_of(of_v).add_(torch.bmm(shares.transpose(1, 2), of_part))
+        of_shares = torch.bmm(of_part, block.keys_of(v).transpose(1, 2))
+        of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, q.dtype)
+        place = block.queries_of(of_q)
+        torch.mul(torch.bmm(of_scores, block.keys_of(k)).view(place.shape), q.shape[-1] ** -0.5, out=place)
+        block.keys_of(of_k).add_(torch.bmm(of_scores.transpose(1, 2), queries))  # which are divided by sqrt(D)
+    return of_q, of_k, of_v
+
+
+@block_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@_block_attention_backward.register_fake
+def _(of_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+block_attention.register_autograd(
+    lambda ctx, of_out: _block_attention_backward(of_out, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 @dataclass(frozen=True)

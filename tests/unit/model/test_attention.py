@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from unit.samples import tiny_model
 
-from tunelib.model.attention import Lengths, attend_flex, attend_per_document, build_block_mask, plan_documents
+from tunelib.model.attention import FASTER_IN_BLOCKS, Lengths, attend_flex, attend_per_document, block_attention, build_block_mask, plan_documents
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 1, 10, 3, 13)  # two rows of 16: the documents of a row end with it
@@ -33,6 +33,40 @@ def attend_by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths
 def test_attention_per_document_is_the_formula(kv_heads: int) -> None:
     q, k, v = random_qkv(kv_heads, torch.float64)
     torch.testing.assert_close(attend_per_document(q, k, v, LENGTHS), attend_by_formula(q, k, v, LENGTHS), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 1), (3, 3), (4, 2), (9, 3), (40, 8)])
+@pytest.mark.parametrize("length", [1, 17, FASTER_IN_BLOCKS.start, FASTER_IN_BLOCKS.stop - 1])
+def test_attention_in_blocks_is_torchs_with_its_gradients(length: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((length, heads, 16), (length, kv_heads, 16), (length, kv_heads, 16))
+    inputs = [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+    weights = torch.randn(shapes[0], generator=generator, dtype=dtype)
+    plain = F.scaled_dot_product_attention(*(tensor.transpose(0, 1)[None] for tensor in inputs), is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+    expected = torch.autograd.grad((plain * weights).sum(), inputs)
+    blocks = block_attention(*inputs)
+    found = torch.autograd.grad((blocks * weights).sum(), inputs)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(blocks, plain, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * 10)
+
+
+def test_documents_of_middling_length_are_attended_to_in_blocks() -> None:
+    """Beside shorter and longer ones, each with itself alone."""
+    lengths = (5, FASTER_IN_BLOCKS.start, 7, FASTER_IN_BLOCKS.stop)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, sum(lengths), heads, 8, generator=generator, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
+    out = attend_per_document(q, k, v, lengths)
+    seen = set()
+    pending = [out.grad_fn]
+    while pending:
+        node = pending.pop()
+        seen.add(type(node).__name__)
+        pending += [after for after, _ in node.next_functions if after is not None]
+    assert any("block_attention" in name for name in seen), seen
+    alone = [attend_per_document(q[:, a:b], k[:, a:b], v[:, a:b], (b - a,)) for a, b in ((0, 5), (5, 325), (325, 332), (332, sum(lengths)))]
+    torch.testing.assert_close(out, torch.cat(alone, dim=1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -7,6 +7,7 @@ from torch import nn
 from unit.samples import tiny_model
 
 from tunelib.batch import IGNORED
+from tunelib.model import loss as loss_room
 from tunelib.model.loss import summed_loss
 
 
@@ -29,6 +30,31 @@ def test_losses_of_micro_batches_add_up_to_the_batchs() -> None:
     hidden, labels, head = make_case()
     parts = sum(summed_loss(hidden[row : row + 1], labels[row : row + 1], head.weight) for row in range(4))
     torch.testing.assert_close(parts, summed_loss(hidden, labels, head.weight))
+
+
+@pytest.mark.parametrize("trained", ["both", "hidden", "head", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_positions_in_parts_have_the_gradients_of_all_logits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, trained: str) -> None:
+    """Also where labels are few, and where some logits are far above the others."""
+    generator = torch.Generator().manual_seed(2)
+    hidden = (torch.randn(3, 7, 16, generator=generator) * 4).to(dtype).requires_grad_(trained in ("both", "hidden"))
+    head = (torch.randn(50, 16, generator=generator) * 2).to(dtype).requires_grad_(trained in ("both", "head"))
+    labels = torch.randint(0, 50, (3, 7), generator=generator)
+    labels[1] = IGNORED
+    inputs = [tensor for tensor in (hidden, head) if tensor.requires_grad]
+    logits = (hidden @ head.T).to(torch.promote_types(dtype, torch.float32))
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    for at_once in (1, 5, 14, 1024):
+        monkeypatch.setattr(loss_room, "POSITIONS_AT_ONCE", at_once)
+        found = summed_loss(hidden, labels, head)
+        torch.testing.assert_close(found, expected, rtol=min(tolerance, 1e-5), atol=tolerance)
+        if inputs:
+            of_found = torch.autograd.grad(found / 7, inputs, retain_graph=True)
+            again = torch.autograd.grad(found / 7, inputs)  # as some schedules of pipelines ask for
+            of_expected = torch.autograd.grad(expected / 7, inputs, retain_graph=True)
+            torch.testing.assert_close(of_found, of_expected, rtol=tolerance, atol=tolerance)
+            assert all(torch.equal(first, second) for first, second in zip(of_found, again, strict=True))
 
 
 def test_micro_batch_without_a_trained_token_gives_zero_and_zero_gradients() -> None:

@@ -59,7 +59,9 @@ def test_logits_are_those_of_some_tokens() -> None:
     wide = replace(MODEL, vocab_size=8192)  # so that the head decides the peak
     for rows, at_once in ((1, TRAINING.seq_len), (64, 1024)):
         estimate = estimate_memory(Plan(wide, 1, "cpu", replace(TRAINING, global_batch_size=rows, local_batch_size=rows)))
-        assert estimate.peak.logits == pytest.approx(4 * (at_once * wide.vocab_size + (wide.vocab_size + 2 * rows * TRAINING.seq_len) * wide.hidden_size), rel=0.02)
+        assert estimate.peak.logits == pytest.approx(
+            4 * (at_once * wide.vocab_size + (wide.vocab_size + 2 * rows * TRAINING.seq_len) * wide.hidden_size), rel=0.02
+        )
 
 
 def test_gradients_stay_from_micro_batch_to_micro_batch() -> None:
