@@ -34,13 +34,25 @@ def data(tmp_path: Path) -> Path:
     return write_chats(tmp_path / "chats.jsonl", 80)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_process_and_two_train_the_same_adapters(tmp_path: Path, base: Path, data: Path, kind: str) -> None:
-    toml = write_lora_toml(tmp_path / "run.toml", base, data, KINDS[kind])
-    words = [str(toml), "--training.dtype", "float64", "--training.steps", "5", "--checkpoint.export_dtype", "float32"]
+@pytest.fixture(scope="module")
+def every_kind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind on one process and on two: KIND-1, KIND-2."""
+    folder = tmp_path_factory.mktemp("kinds")
+    foreign.make_hf(folder / "base", tokenizer=TOKENIZER, **WIDE)
+    data = write_chats(folder / "chats.jsonl", 80)
     for world_size in (1, 2):
-        run_processes([[*words, "--job.dump_folder", str(tmp_path / str(world_size))]], world_size)
-    one, two = Run(tmp_path / "1"), Run(tmp_path / "2")
+        cases = []
+        for kind, section in KINDS.items():
+            toml = write_lora_toml(folder / f"{kind}.toml", folder / "base", data, section)
+            words = [str(toml), "--training.dtype", "float64", "--training.steps", "5", "--checkpoint.export_dtype", "float32"]
+            cases.append([*words, "--job.dump_folder", str(folder / f"{kind}-{world_size}")])
+        run_processes(cases, world_size)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_and_two_train_the_same_adapters(every_kind: Path, kind: str) -> None:
+    one, two = Run(every_kind / f"{kind}-1"), Run(every_kind / f"{kind}-2")
     assert one.series("loss") == pytest.approx(two.series("loss"), rel=1e-9)
     assert one.series("grad_norm") == pytest.approx(two.series("grad_norm"), rel=1e-9)
     assert one.series("loss")[0] != one.series("loss")[-1]

@@ -76,7 +76,14 @@ def test_killed_and_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path: P
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
-@pytest.mark.parametrize(("before", "after", "dtype", "tolerance"), [(1, 2, "float64", 1e-9), (2, 1, "float64", 1e-9), (1, 2, "float32", 1e-5)])
+@pytest.mark.parametrize(
+    ("before", "after", "dtype", "tolerance"),
+    [
+        (1, 2, "float64", 1e-9),
+        pytest.param(2, 1, "float64", 1e-9, marks=pytest.mark.slow),
+        pytest.param(1, 2, "float32", 1e-5, marks=pytest.mark.slow),
+    ],
+)
 def test_resume_on_another_number_of_processes_is_the_same_training(
     tmp_path: Path, toml: Path, before: int, after: int, dtype: str, tolerance: float
 ) -> None:
