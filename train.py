@@ -34,6 +34,7 @@ from tunelib.data.stream import Ranks, StreamData
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import CheckpointError, Stopped, TunelibError
 from tunelib.files import replace_file
+from tunelib.flops import step_flops
 from tunelib.formats.load import check_weights, check_weights_path, fill, find_tokenizer_folder, find_weights, plan_export_of
 from tunelib.formats.peft import check_adapter, export_adapter, open_adapter, trained_shapes
 from tunelib.formats.prove import describe_export, export_model
@@ -139,7 +140,10 @@ def main(argv: list[str]) -> None:
                     f"{decision.folder} holds whole weights: adapters start from it with --checkpoint.initial_load_path, in another folder"
                 )
             compiled_before = decision.resumed.compiled if decision.resumed is not None else None
-            compiled = choose_compile(config.compile.enable, find_what_rules_out_compile(config)[0] != "", runtime.device, compiled_before)
+            full_rows = [config.training.seq_len] * config.training.global_batch_size
+            step_needs = step_flops(weights.config, full_rows, sum(full_rows), config.lora.rank if config.lora.enable else 0)
+            flops = num_steps * step_needs / runtime.world_size
+            compiled = choose_compile(config.compile.enable, find_what_rules_out_compile(config)[0], runtime.device, compiled_before, flops)
             if decision.state is not None:
                 check_identity(decision.state.identity, origin if decision.kind == "seed" else identity)
             elif config.lora.adapter_path:
@@ -149,7 +153,7 @@ def main(argv: list[str]) -> None:
                 check_own_config(folder / "config.toml")
 
         # Spread the model, which has been on paper so far: split, cut, recompute, FSDP2, then empty storage where each shard belongs.
-        spread_model(model, config.parallelism, config.activation_checkpoint, layout, runtime, stages, compiled)
+        spread_model(model, config.parallelism, config.activation_checkpoint, layout, runtime, stages, compiled.compiled)
 
         # Give weights, unless a full checkpoint will: drawn, or any format straight into the shards. Frozen ones are in no checkpoint.
         base = ""
@@ -173,7 +177,7 @@ def main(argv: list[str]) -> None:
         optimizer = build_optimizer(model, config.optimizer)
 
         # Resume: weights, optimizer, random state; the data's place follows from the step.
-        begun = RunState(0, 0, runtime.world_size, runtime.device.type, identity, None, base, compiled, dict(layout.degrees))
+        begun = RunState(0, 0, runtime.world_size, runtime.device.type, identity, None, base, compiled.compiled, dict(layout.degrees))
         if decision.state is not None:
             begun = replace(begun, step=decision.state.step, tokens_seen=decision.state.tokens_seen)
         progress = Progress(model, optimizer, train_data, config.training, layout, runtime, begun)

@@ -872,19 +872,28 @@ def _(lab: Lab) -> None:
     """What it computes is compared in tests/integration/test_compile.py."""
     from tunelib.parallel.compile import choose_compile
 
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_compile(False, False, cuda, None) is False
-    assert choose_compile(None, False, cpu, None) is False
-    assert choose_compile(None, False, cuda, False) is False  # as the run that is resumed
+    cpu, cuda, day = torch.device("cpu"), torch.device("cuda"), 1e16 * torch.get_num_threads()
+
+    def choose(told: bool | None, by: str, device: torch.device, before: bool | None, flops: float = 0.0) -> bool:
+        return choose_compile(told, by, device, before, flops).compiled
+
+    assert choose(False, "", cuda, None, day) is False
+    assert choose(None, "", cpu, None) is False
+    assert choose(None, "", cuda, False, day) is False  # as the run that is resumed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tunelib.parallel.compile._find_missing", lambda device: "")
-        assert choose_compile(True, False, cpu, None) is True
-        assert (choose_compile(None, False, cuda, None), choose_compile(None, True, cuda, None)) == (True, False)
-        assert (choose_compile(None, False, cpu, True), choose_compile(None, True, cpu, True)) == (True, False)
+        assert choose(True, "", cpu, None) is True
+        assert (choose(None, "", cuda, None), choose(None, "x.y", cuda, None)) == (True, False)
+        assert (choose(None, "", cpu, None, day), choose(None, "x.y", cpu, None, day)) == (True, False)
+        assert (choose(None, "", cpu, True), choose(None, "x.y", cpu, True)) == (True, False)
+        assert choose_compile(None, "", cpu, None, day).why == "a run of about 46.3 hours wins it back"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
         with pytest.raises(ConfigError, match=r"compile\.enable = true: torch\.compile needs a C\+\+ compiler such as g\+\+, and finds none"):
-            choose_compile(True, False, cpu, None)
+            choose(True, "", cpu, None)
+        with pytest.raises(ConfigError, match="the run that is resumed was compiled"):
+            choose(None, "", cpu, True)
+        assert choose_compile(None, "", cpu, None, day).why == "torch.compile needs a C++ compiler such as g++, and finds none"
 
 
 # [lora]

@@ -350,8 +350,8 @@ class Compile:
     """torch.compile."""
 
     enable: bool | None = None
-    """Compile each layer, but for attention over documents: less memory traffic, after some minutes of compiling. "auto": on CUDA, where
-    nothing rules it out; a run that is resumed stays as it was."""
+    """Compile each layer, but for attention over documents: less memory and traffic, after a minute or two of compiling. "auto": on CUDA, and on
+    a CPU where the run is long enough to win it back, if there is a compiler and nothing rules it out; a run that is resumed stays as it was."""
 
 
 @dataclass(frozen=True)

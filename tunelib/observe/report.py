@@ -9,6 +9,7 @@ from tunelib.config.schema import Config
 from tunelib.data.index import Index
 from tunelib.data.loader import TrainData
 from tunelib.observe.metrics import METRICS_FILE
+from tunelib.parallel.compile import Choice
 from tunelib.parallel.mesh import Layout
 from tunelib.parallel.runtime import Runtime
 
@@ -43,7 +44,7 @@ def opening_lines(
     config: Config,
     runtime: Runtime,
     layout: Layout,
-    compiled: bool,
+    compiled: Choice,
     stages: tuple[range, ...],
     trained: dict[str, torch.Size],
     num_parameters: int,
@@ -55,7 +56,7 @@ def opening_lines(
     """What is about to happen, in a few lines.
 
     Args:
-        compiled: whether layers are.
+        compiled: whether layers are, and why.
         stages: the layers of each stage of a pipeline.
         trained: the shapes of the parameters that are trained.
         num_parameters: of the model, without adapters.
@@ -76,7 +77,8 @@ def opening_lines(
         f"model      {num_parameters / 1e6:,.1f} M parameters; {weights}",
         *adapters,
         *(f"{'data' if line is data_lines[0] else '':10} {line}" for line in data_lines),
-        f"machine    {processes}, {layout.sentence}, {dtypes.replace('torch.', '')}{', compiled layers' if compiled else ''}",
+        f"machine    {processes}, {layout.sentence}, {dtypes.replace('torch.', '')}",
+        f"compile    {'layers' if compiled.compiled else 'nothing'}: {compiled.why}",
         *([order] if order else []),
         f"run        {num_steps:,} steps of {training.global_batch_size} rows of {training.seq_len} tokens",
         *(f"export     {note}" for note in notes),

@@ -7,6 +7,7 @@ is a few graphs, the same for all layers; and work that is to be done again in t
 import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,24 +17,46 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from tunelib.errors import ConfigError
 from tunelib.model.decoder import Decoder, DecoderLayer
 
+FLOPS_PER_THREAD = 60e9
+"""What a thread of a CPU may do in a second; only the order of magnitude counts here."""
+WORTH_COMPILING_SECONDS = 1800.0
+"""A run on a CPU that is shorter does not surely win back the minute that compiling takes where nothing is in torch's cache."""
 
-def choose_compile(told: bool | None, is_ruled_out: bool, device: torch.device, compiled_before: bool | None) -> bool:
-    """Whether layers are compiled: as told; or as the run did before, or else on CUDA, unless something rules it out.
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether layers are compiled, and why."""
+
+    compiled: bool
+    why: str
+
+
+def choose_compile(told: bool | None, ruled_out_by: str, device: torch.device, compiled_before: bool | None, flops: float) -> Choice:
+    """Whether layers are compiled: as told; or as the run did before; or else on CUDA, and on a CPU where the run is long.
 
     Args:
         told: compile.enable.
+        ruled_out_by: a setting; empty for none.
         compiled_before: what a checkpoint says that is resumed from; None for a fresh run.
+        flops: that this process needs for the whole run.
 
     Raises:
-        ConfigError: they are to be, and nothing here can compile.
+        ConfigError: they are to be, since the user says so or the run began so, and nothing here can compile.
     """
-    why = "compile.enable = true"
-    if told is None:
-        told = (compiled_before if compiled_before is not None else device.type == "cuda") and not is_ruled_out
-        why = "the run that is resumed was compiled" if compiled_before else 'compile.enable = "auto"'
-    if told and (missing := _find_missing(device)):
-        raise ConfigError(f"{why}: {missing}; install it, or set compile.enable = false")
-    return told
+    if told is not None or (compiled_before is not None and not ruled_out_by):
+        choice = Choice(told if told is not None else bool(compiled_before), "compile.enable" if told is not None else "as the run began")
+        if choice.compiled and (missing := _find_missing(device)):
+            why = "compile.enable = true" if told else "the run that is resumed was compiled"
+            raise ConfigError(f"{why}: {missing}; install it, or set compile.enable = false")
+        return choice
+    if ruled_out_by:
+        return Choice(False, f"{ruled_out_by} rules it out")
+    hours = flops / FLOPS_PER_THREAD / torch.get_num_threads() / 3600
+    if device.type == "cpu" and hours * 3600 < WORTH_COMPILING_SECONDS:
+        return Choice(False, f"a run of about {max(1, round(hours * 60))} min would not surely win it back")
+    if missing := _find_missing(device):
+        return Choice(False, missing)
+    return Choice(True, "on a GPU" if device.type == "cuda" else f"a run of about {hours:.1f} hours wins it back")
 
 
 def _find_missing(device: torch.device) -> str:
