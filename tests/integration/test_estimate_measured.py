@@ -70,7 +70,7 @@ def plan_of(given: dict[str, Any], world_size: int) -> Plan:
 def test_estimate_is_what_torch_tracks_in_a_step_that_is_taken(world_size: int) -> None:
     """Within 10 per cent is what is promised; with the same torch both see the same tensors, so that we ask for 0.1 per cent.
 
-    With bfloat16 micro-batches the tracker sees 2 per cent more since the loss takes less: by 0.8 MB, which are not yet explained.
+    With bfloat16 micro-batches two processes hold 2 per cent more than is foreseen, as with larger models (docs/estimate.md).
     In a pipeline the tracker does not see what stages receive into, which is there from the first step on.
     """
     plans = [{"model": MODEL, "training": BATCH, **given} for given in CASES[world_size].values()]
