@@ -1,5 +1,7 @@
 """The opening lines and the closing summary of a run."""
 
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -104,17 +106,29 @@ def describe_adapter(config: Config, num_trained: int, num_parameters: int) -> l
     return lines
 
 
+def process_age() -> float | None:
+    """Seconds since this process began, imports and all; None where the system does not say (Linux does)."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return None
+
+
 class Summary:
     """Adds up a run's steps, and says at its end what a reader will copy."""
 
     def __init__(self) -> None:
         self._tokens, self._seconds, self._num_steps = 0, 0.0, 0
+        self._first_step = ""
         self._logged = (0, 0.0, 0)
         self._losses: list[float] = []
         self._validations: list[float] = []
 
     def add_step(self, num_tokens: int, seconds: float, loss: float) -> None:
         """One step has ended; its time leaves out validation and saving."""
+        if not self._num_steps and (age := process_age()) is not None:
+            self._first_step = f", the first step after {age:.1f} s"
         self._tokens, self._seconds, self._num_steps = self._tokens + num_tokens, self._seconds + seconds, self._num_steps + 1
         self._losses = [*self._losses[-9:], loss]
 
@@ -143,7 +157,7 @@ class Summary:
         rate = f"{self._tokens / self._seconds:,.0f} tokens/s; " if self._seconds else ""
         return [
             f"done       step {step:,}{loss}{validation}",
-            f"speed      {rate}{tokens_seen:,} tokens in all; {seconds:.1f} s in this process; peak memory {memory_gib:.2f} GiB",
+            f"speed      {rate}{tokens_seen:,} tokens in all; {seconds:.1f} s in this process{self._first_step}; peak memory {memory_gib:.2f} GiB",
             f"written    {folder / METRICS_FILE}",
             *([f"           {checkpoint}"] if checkpoint else []),
             *([f"           {folder / 'adapter'}: {adapter}"] if adapter else []),

@@ -1,13 +1,17 @@
 """The opening lines and the summary say true numbers."""
 
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from unit.samples import make_index
 
-from tunelib.observe.report import Summary, unigram_entropy
+from tunelib.observe.report import Summary, process_age, unigram_entropy
 
 
 def test_unigram_entropy_is_that_of_the_trained_labels() -> None:
@@ -45,10 +49,25 @@ def test_summary_says_losses_and_where_things_lie(tmp_path: Path) -> None:
         "training loss 14.5000 (mean of the last 10 steps)",
         "validation loss 3.0000 → 2.0000",
         "100 tokens/s",
+        "s in this process, the first step after ",
         "checkpoint/step-20",
         "export: a folder of some form",
     ):
         assert words in text
+
+
+def test_age_of_a_process_counts_from_its_start() -> None:
+    began = time.monotonic()
+    before = process_age()
+    time.sleep(0.3)
+    after = process_age()
+    assert before is not None
+    assert after is not None
+    assert after - before == pytest.approx(time.monotonic() - began, abs=0.05)
+    program = "import time; time.sleep(0.5); from tunelib.observe.report import process_age; print(process_age())"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert 0.5 <= float(done.stdout) <= time.monotonic() - began + 0.02
 
 
 def test_finished_run_that_took_no_step_has_a_summary(tmp_path: Path) -> None:
