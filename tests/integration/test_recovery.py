@@ -136,7 +136,11 @@ def test_lost_terminal_or_reader_does_not_cost_the_run(tmp_path: Path, toml: Pat
     """Ctrl-C also ends the ``tee`` behind a pipe, and then nobody reads what is printed."""
     run = Run(tmp_path / "run")
     words = [str(toml), "--training.steps", "100000", "--checkpoint.interval", "100000", "--job.dump_folder", str(run.folder)]
-    worker = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup, and then so would train.py
+    try:
+        worker = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     try:
         wait_for(lambda: (run.folder / "metrics.jsonl").exists() and len(run.rows()) > 2)
         assert worker.stdout is not None
