@@ -54,14 +54,14 @@ class Run:
     first_step_seconds: float
 
 
-def run(contestant: tuple[str, ...], name: str, documents: Path, steps: int, environment: dict[str, str] | None = None) -> Run:
+def run(contestant: tuple[str, ...], name: str, documents: Path, steps: int) -> Run:
     """Train in a process of its own."""
     python, program, *how = contestant
     interpreter = python if os.sep in python else str(ROOT / ".peers" / python / "bin/python")
     command = [interpreter, str(CONTESTANTS / program), name, str(documents), str(steps), *how]
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
         began = time.monotonic()
-        process = subprocess.Popen(command, stdout=said, stderr=errors, cwd=ROOT, env=os.environ | (environment or {}))
+        process = subprocess.Popen(command, stdout=said, stderr=errors, cwd=ROOT)
         _, status, used = os.wait4(process.pid, 0)
         said.seek(0), errors.seek(0)
         told = [line.split() for line in said if line.startswith("STEP ")]

@@ -1,6 +1,6 @@
 """tunelib's own train.py, watched from outside.
 
-ours.py WORKLOAD DOCUMENTS STEPS [compile | eager] [one of several processes: its rank is in the environment]
+ours.py WORKLOAD DOCUMENTS STEPS [compile | eager]
 """
 
 import contextlib
@@ -55,10 +55,8 @@ def main(name: str, documents: str, steps: str, how: str = "compile") -> None:
 
     def watched_step(model: Any, optimizer: Any, work: Any, *words: Any) -> tuple[float, float]:
         loss, norm = take_step(model, optimizer, work, *words)
-        if os.environ.get("RANK", "0") == "0":
-            sys.stdout = sys.__stdout__
+        with contextlib.redirect_stdout(sys.__stdout__):
             say_step(work.num_tokens, loss)
-            sys.stdout = sys.stderr
         if work.number == last:
             raise LastStep
         return loss, norm
