@@ -5,7 +5,7 @@ FlexAttention skips what lies outside the documents. B batch, S sequence, H head
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ Documents = Lengths | Segments | Any
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """What grouped-query attention with rotary positions has to learn. `attend` stands between forward and ``o_proj``; the layer calls it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -72,17 +72,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
-        """(B, S, hidden) → (B, S, hidden)."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, hidden) → q (B, S, H, D), k and v (B, S, K, D)."""
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rope), rotate(k, *rope)  # (B, S, H, D), (B, S, K, D)
-        return self.o_proj(self.attend(q, k, v, documents).flatten(-2))
+        return rotate(q, *rope), rotate(k, *rope), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        """q (B, S, H, D) to k, v (B, S, K, D), → (B, S, H, D)."""
-        if isinstance(documents, Lengths):
-            return attend_per_document(q, k, v, documents.lengths)
-        return attend_segments(q, k, v, documents) if isinstance(documents, Segments) else attend_flex(q, k, v, documents)
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Causal attention of q (B, S, H, D) to k, v (B, S, K, D) inside each document, → (B, S, H, D)."""
+    if isinstance(documents, Lengths):
+        return attend_per_document(q, k, v, documents.lengths)
+    return attend_segments(q, k, v, documents) if isinstance(documents, Segments) else attend_flex(q, k, v, documents)
 
 
 def plan_documents(document_lengths: tuple[int, ...] | Segments, x: Tensor, head_dim: int) -> Documents:
@@ -97,39 +97,106 @@ def plan_documents(document_lengths: tuple[int, ...] | Segments, x: Tensor, head
 
 
 def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple[int, ...]) -> Tensor:
-    """Causal attention of q (B, S, H, D) to k, v (B, S, K, D) inside each document, → (B, S, H, D).
+    """The same, one document after the other.
 
     Documents are cut with ``split``, whose backward is one concatenation; slices would each fill a gradient of full size.
     """
-    pieces = (tensor.flatten(0, 1).split(document_lengths) for tensor in (q, k, v))
+    rows = (tensor.flatten(0, 1) for tensor in (q, k, v))
+    if q.device.type == "cpu":
+        return document_attention(*rows, document_lengths)[0].unflatten(0, q.shape[:2])
     attended = []
-    for of_document in zip(*pieces, strict=True):  # (L, H, D), (L, K, D)
-        if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and len(of_document[0]) in FASTER_IN_BLOCKS:
-            attended.append(block_attention(*of_document))
-            continue
-        q_i, k_i, v_i = (tensor.transpose(0, 1).unsqueeze(0) for tensor in of_document)  # (1, H, L, D)
+    for of_document in zip(*(tensor.split(document_lengths) for tensor in rows), strict=True):  # (L, H, D), (L, K, D)
+        q_i, k_i, v_i = (_heads_first(tensor) for tensor in of_document)
         out = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
         attended.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(attended).unflatten(0, q.shape[:2])
 
 
-@torch.library.custom_op("tunelib::block_attention", mutates_args=())  # to autograd and to what keeps or recomputes activations it is one
-def block_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of one document from large products of matrices, a block of queries with all keys up to its last at a time.
+def _heads_first(rows: Tensor) -> Tensor:
+    """(L, H, D) → (1, H, L, D)."""
+    return rows.transpose(0, 1).unsqueeze(0)
 
-    q (L, H, D), k, v (L, K, D) → (L, H, D). Products are taken per kv head, for the G query heads that share it together. Nothing is kept for the
-    backward pass but q, k and v.
+
+@torch.library.custom_op("tunelib::document_attention", mutates_args=())  # to autograd and to what keeps or recomputes activations it is one
+def document_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Causal attention inside each document on a CPU: by torch's flash attention, or in blocks where that is faster.
+
+    All documents' results are kept once, as the layer keeps them; pieces that are put together later would be kept beside them.
+
+    Args:
+        q, k, v: (T, H, D) and (T, K, D), documents end to end.
+
+    Returns:
+        (T, H, D), and the logarithms of the sums of powers (T, H), for the backward pass of flash attention.
     """
     out = torch.empty(q.shape, dtype=q.dtype)
+    sums = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    for q_i, k_i, v_i, out_i, sums_i in zip(*(tensor.split(lengths) for tensor in (q, k, v, out, sums)), strict=True):
+        if _is_faster_in_blocks(q_i):
+            _attend_in_blocks(q_i, k_i, v_i, out_i)
+        else:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            attended, summed = flash(_heads_first(q_i), _heads_first(k_i), _heads_first(v_i), is_causal=True)
+            out_i.copy_(attended.squeeze(0).transpose(0, 1))
+            sums_i.copy_(summed.squeeze(0).transpose(0, 1))
+    return out, sums
+
+
+@torch.library.custom_op("tunelib::document_attention_backward", mutates_args=())
+def _document_attention_backward(
+    of_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_q, of_k, of_v = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
+    pieces = (tensor.split(lengths) for tensor in (of_out, q, k, v, out, sums, of_q, of_k, of_v))
+    for of_out_i, q_i, k_i, v_i, out_i, sums_i, *gradients in zip(*pieces, strict=True):
+        if _is_faster_in_blocks(q_i):
+            _attend_in_blocks_backward(of_out_i, q_i, k_i, v_i, *gradients)
+        else:
+            flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            kept = (_heads_first(tensor) for tensor in (of_out_i, q_i, k_i, v_i, out_i))
+            for place, gradient in zip(gradients, flash_backward(*kept, sums_i.T.unsqueeze(0), 0.0, True), strict=True):
+                place.copy_(gradient.squeeze(0).transpose(0, 1))
+    return of_q, of_k, of_v
+
+
+@document_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@_document_attention_backward.register_fake
+def _(of_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Sequence[int]], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.lengths = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+document_attention.register_autograd(
+    lambda ctx, of_out, _: (*_document_attention_backward(of_out, *ctx.saved_tensors, ctx.lengths), None), setup_context=_keep
+)
+
+
+def _is_faster_in_blocks(q: Tensor) -> bool:
+    return q.dtype in (torch.float32, torch.float64) and len(q) in FASTER_IN_BLOCKS
+
+
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """Causal attention of one document from large products of matrices, a block of queries with all keys up to its last at a time.
+
+    q (L, H, D), k, v (L, K, D) → out (L, H, D). Products are taken per kv head, for the G query heads that share it together.
+    """
     for block in _blocks(q, k):
         place = block.queries_of(out)
         place.copy_(torch.bmm(block.shares(q, k)[1], block.keys_of(v)).view(place.shape))
-    return out
 
 
-@torch.library.custom_op("tunelib::block_attention_backward", mutates_args=())
-def _block_attention_backward(of_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    of_q, of_k, of_v = torch.empty(q.shape, dtype=q.dtype), torch.zeros(k.shape, dtype=k.dtype), torch.zeros(v.shape, dtype=v.dtype)
+def _attend_in_blocks_backward(of_out: Tensor, q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, of_v: Tensor) -> None:
+    of_k.zero_()
+    of_v.zero_()
     for block in _blocks(q, k):
         queries, shares = block.shares(q, k)
         of_part = block.queries_of(of_out).contiguous().view_as(queries)
@@ -139,23 +206,6 @@ def _block_attention_backward(of_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -
         place = block.queries_of(of_q)
         torch.mul(torch.bmm(of_scores, block.keys_of(k)).view(place.shape), q.shape[-1] ** -0.5, out=place)
         block.keys_of(of_k).add_(torch.bmm(of_scores.transpose(1, 2), queries))  # which are divided by sqrt(D)
-    return of_q, of_k, of_v
-
-
-@block_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@_block_attention_backward.register_fake
-def _(of_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-block_attention.register_autograd(
-    lambda ctx, of_out: _block_attention_backward(of_out, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
 
 
 @dataclass(frozen=True)

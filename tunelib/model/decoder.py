@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunelib.model.attention import Attention, Documents, Segments, plan_documents
+from tunelib.model.attention import Attention, Documents, Segments, attend, plan_documents
 from tunelib.model.config import ModelConfig
 from tunelib.model.loss import summed_loss
 from tunelib.model.rope import rope_tables
@@ -45,7 +45,10 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each after a norm and added to the residual stream."""
+    """Attention and feed-forward, each after a norm and added to the residual stream.
+
+    What is before and after `attend` is a method each: pieces that a compiler can take whole.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -55,7 +58,15 @@ class DecoderLayer(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, documents)
+        return self.finish(x, attend(*self.begin(x, rope), documents))
+
+    def begin(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, hidden) → q (B, S, H, D), k and v (B, S, K, D)."""
+        return self.self_attn(self.input_layernorm(x), rope)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """(B, S, hidden) and (B, S, H, D) → (B, S, hidden)."""
+        x = x + self.self_attn.o_proj(attended.flatten(-2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

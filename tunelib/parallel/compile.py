@@ -1,7 +1,7 @@
 """Layers compiled by torch.compile: elementwise work is fused, products stay what they are.
 
-Attention is left out of the graphs: what it does depends on where documents end, and each micro-batch would be compiled anew. So a layer
-is a few graphs, the same for all layers; and work that is to be done again in the backward pass runs them again.
+Attention is left out: what it does depends on where documents end, and each micro-batch would be compiled anew. So a layer is two graphs,
+before and after it, the same for all layers; and work that is to be done again in the backward pass runs them again.
 """
 
 import functools
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from tunelib.errors import ConfigError
@@ -82,7 +81,7 @@ def apply_compile(model: Decoder) -> None:
 
     Without gradients, for validation and for samples with their growing rows, layers run as they are.
 
-    Compiled layers are given plain tensors: a graph that takes or gives a DTensor, or a tensor that a collective has yet to bring, passed no
+    Graphs are given plain tensors: a graph that takes or gives a DTensor, or a tensor that a collective has yet to bring, passed no
     gradient on, or a wrong one, and said nothing (torch 2.13).
     """
     import torch._dynamo
@@ -93,12 +92,11 @@ def apply_compile(model: Decoder) -> None:
     torch._functorch.config.ban_recompute_materialized_backward = False
     for layer in model.model.layers.values():
         assert isinstance(layer, DecoderLayer)
-        plain = layer.forward
-        layer.self_attn.attend = torch.compiler.disable(layer.self_attn.attend)  # type: ignore[method-assign]
-        layer.forward = functools.partial(_run, plain, torch.compile(plain))  # type: ignore[method-assign]
+        layer.begin = functools.partial(_run, layer.begin, torch.compile(layer.begin, fullgraph=True))  # type: ignore[method-assign]
+        layer.finish = functools.partial(_run, layer.finish, torch.compile(layer.finish, fullgraph=True))  # type: ignore[method-assign]
 
 
-def _run(plain: Callable[..., Tensor], compiled: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+def _run(plain: Callable[..., Any], compiled: Callable[..., Any], *inputs: Any) -> Any:
     if not torch.is_grad_enabled():
-        return plain(x, *rest)
-    return compiled(x.clone() if isinstance(x, AsyncCollectiveTensor) else x, *rest)
+        return plain(*inputs)
+    return compiled(*(one.clone() if isinstance(one, AsyncCollectiveTensor) else one for one in inputs))

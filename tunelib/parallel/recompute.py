@@ -11,7 +11,7 @@ from tunelib.model.decoder import Decoder
 
 PER_OPERATOR = "op"
 # Dear to work out again; what is left is elementwise.
-KEPT = frozenset({torch.ops.tunelib.block_attention.default}) | frozenset(
+KEPT = frozenset({torch.ops.tunelib.document_attention.default}) | frozenset(
     getattr(torch.ops.aten, name).default
     for name in (
         "mm",

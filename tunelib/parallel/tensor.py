@@ -57,7 +57,7 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     for layer in model.model.layers.values():
         plan: dict[str, ParallelStyle] = {
             "input_layernorm": SequenceParallel(use_local_output=True),
-            "self_attn": PrepareModuleInput(input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)),
+            "self_attn": PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
             "post_attention_layernorm": SequenceParallel(use_local_output=True),
             "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
         }

@@ -1,11 +1,13 @@
 """Attention never crosses from one document to the next, by either implementation."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 from unit.samples import tiny_model
 
-from tunelib.model.attention import FASTER_IN_BLOCKS, Lengths, attend_flex, attend_per_document, block_attention, build_block_mask, plan_documents
+from tunelib.model.attention import FASTER_IN_BLOCKS, Lengths, attend_flex, attend_per_document, build_block_mask, document_attention, plan_documents
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 1, 10, 3, 13)  # two rows of 16: the documents of a row end with it
@@ -45,7 +47,7 @@ def test_attention_in_blocks_is_torchs_with_its_gradients(length: int, heads: in
     weights = torch.randn(shapes[0], generator=generator, dtype=dtype)
     plain = F.scaled_dot_product_attention(*(tensor.transpose(0, 1)[None] for tensor in inputs), is_causal=True, enable_gqa=True)[0].transpose(0, 1)
     expected = torch.autograd.grad((plain * weights).sum(), inputs)
-    blocks = block_attention(*inputs)
+    blocks, _ = document_attention(*inputs, (length,))
     found = torch.autograd.grad((blocks * weights).sum(), inputs)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(blocks, plain, rtol=tolerance, atol=tolerance)
@@ -57,16 +59,16 @@ def test_documents_of_middling_length_are_attended_to_in_blocks() -> None:
     lengths = (5, FASTER_IN_BLOCKS.start, 7, FASTER_IN_BLOCKS.stop)
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, sum(lengths), heads, 8, generator=generator, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
-    out = attend_per_document(q, k, v, lengths)
-    seen = set()
-    pending = [out.grad_fn]
-    while pending:
-        node = pending.pop()
-        seen.add(type(node).__name__)
-        pending += [after for after, _ in node.next_functions if after is not None]
-    assert any("block_attention" in name for name in seen), seen
-    alone = [attend_per_document(q[:, a:b], k[:, a:b], v[:, a:b], (b - a,)) for a, b in ((0, 5), (5, 325), (325, 332), (332, sum(lengths)))]
-    torch.testing.assert_close(out, torch.cat(alone, dim=1), rtol=0, atol=1e-12)
+    weights = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    with torch.profiler.profile() as seen:
+        out = attend_per_document(q, k, v, lengths)
+        gradients = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    calls = Counter(event.name for event in seen.events() or ())
+    assert calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == calls["aten::_scaled_dot_product_flash_attention_for_cpu_backward"] == 3
+    assert calls["aten::_softmax"] > calls["aten::_softmax_backward_data"] > 0  # the backward pass takes the softmax again
+    alone = torch.cat([attend_per_document(*(t[:, a:b] for t in (q, k, v)), (b - a,)) for a, b in ((0, 5), (5, 325), (325, 332), (332, 972))], dim=1)
+    torch.testing.assert_close(out, alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients, torch.autograd.grad((alone * weights).sum(), (q, k, v)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
