@@ -5,9 +5,9 @@
 
 Every contestant is a program of its own, in benchmarks/contestants/, and says when each optimizer step is done. First each runs once, which
 also fills the compiler's cache; then tunelib, the fastest peer and the loop run in turn, so often as there are pairs. Counted are tokens of
-documents (padding is none) from the third step on; the peak is the process's resident memory; the first step is timed from the process's
-start. The limit is what this machine's largest product of float32 matrices, timed right before, would do if it did only the products that
-nobody can leave out (tunelib/flops.py).
+documents (padding is none) from the third step on; the peak is the process's resident memory, the larger one's of two; the first step is
+timed from the process's start. The limit is what this machine's largest product of float32 matrices, timed right before, would do if it did
+only the products that nobody can leave out (tunelib/flops.py).
 """
 
 import argparse
@@ -30,10 +30,17 @@ from workloads import UNTRAINED, WORKLOADS, Workload, read_documents, write_docu
 from tunelib.flops import step_flops  # noqa: E402
 from tunelib.model.families.llama import parse_config  # noqa: E402
 
-OURS = {"tunelib": (sys.executable, "ours.py", "compile"), "tunelib, eager": (sys.executable, "ours.py", "eager")}
+TWO_PROCESSES = "two processes"
+OURS = {
+    "tunelib": (sys.executable, "ours.py", "compile"),
+    "tunelib, eager": (sys.executable, "ours.py", "eager"),
+    "tunelib, by rows": (sys.executable, "ours.py", "compile", "1"),
+    "tunelib, 2 processes": (TWO_PROCESSES, "ours.py", "compile"),
+}
 LOOPS = {"loop": (sys.executable, "loop.py", "eager"), "loop, compiled": (sys.executable, "loop.py", "compile")}
 PEERS = {
     "TRL": ("trl", "trl_sft.py", "one"),
+    "TRL, compiled": ("trl", "trl_sft.py", "one", "compile"),
     "TRL, padded": ("trl", "trl_sft.py", "padded"),
     "TRL, packed": ("trl", "trl_sft.py", "packed"),
     "torchtune": ("torchtune", "torchtune_recipe.py", "eager"),
@@ -57,11 +64,15 @@ class Run:
 def run(contestant: tuple[str, ...], name: str, documents: Path, steps: int) -> Run:
     """Train in a process of its own."""
     python, program, *how = contestant
-    interpreter = python if os.sep in python else str(ROOT / ".peers" / python / "bin/python")
-    command = [interpreter, str(CONTESTANTS / program), name, str(documents), str(steps), *how]
+    interpreter = [python] if os.sep in python else [str(ROOT / ".peers" / python / "bin/python")]
+    environment = dict(os.environ)
+    if python == TWO_PROCESSES:
+        interpreter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // 2))
+    command = [*interpreter, str(CONTESTANTS / program), name, str(documents), str(steps), *how]
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
         began = time.monotonic()
-        process = subprocess.Popen(command, stdout=said, stderr=errors, cwd=ROOT)
+        process = subprocess.Popen(command, stdout=said, stderr=errors, cwd=ROOT, env=environment)
         _, status, used = os.wait4(process.pid, 0)
         said.seek(0), errors.seek(0)
         told = [line.split() for line in said if line.startswith("STEP ")]
@@ -115,13 +126,13 @@ def main() -> None:
         print(f"{'each once':22} {'tokens/s':>8} {'peak GB':>8} {'first step s':>12}")
         once = {}
         for name, contestant in chosen.items():
-            if contestant[-1].startswith("compile"):
+            if "compile" in contestant:
                 run(contestant, words.workload, documents, WARM_UP + 1)  # fills the compiler's cache
             once[name] = run(contestant, words.workload, documents, words.steps)
             print(f"{name:22} {once[name].tokens_per_second:8.0f} {once[name].peak_gb:8.2f} {once[name].first_step_seconds:12.1f}", flush=True)
         rivals = {name: one for name, one in once.items() if name in PEERS}
         loops = {name: one for name, one in once.items() if name in LOOPS}
-        in_turn = ["tunelib"]
+        in_turn = ["tunelib", *(name for name in once if name == "tunelib, 2 processes")]
         in_turn += [max(group, key=lambda name: group[name].tokens_per_second) for group in (rivals, loops) if group]
         if "tunelib" not in once or len(in_turn) == 1 or not words.pairs:
             return

@@ -1,6 +1,6 @@
 """tunelib's own train.py, watched from outside.
 
-ours.py WORKLOAD DOCUMENTS STEPS [compile | eager]
+ours.py WORKLOAD DOCUMENTS STEPS [compile | eager] [rows at once]
 """
 
 import contextlib
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 
-def write_toml(path: Path, name: str, documents: str, how: str) -> None:
+def write_toml(path: Path, name: str, documents: str, how: str, rows_at_once: str) -> None:
     """The workload as a user would write it down."""
     from workloads import LR, WORKLOADS
 
@@ -33,6 +33,7 @@ path = "{documents}"
 [training]
 seq_len = {workload.seq_len}
 global_batch_size = {workload.rows}
+local_batch_size = {rows_at_once}
 [optimizer]
 lr = {LR}
 [lr_scheduler]
@@ -47,25 +48,27 @@ class LastStep(Exception):
     """All that is measured has been done."""
 
 
-def main(name: str, documents: str, steps: str, how: str = "compile") -> None:
+def main(name: str, documents: str, steps: str, how: str = "compile", rows_at_once: str = "-1") -> None:
     train: Any = importlib.import_module("train")  # the program
     from workloads import say_step
 
-    take_step, last = train.train_step, int(steps)
+    take_step, last, rank = train.train_step, int(steps), int(os.environ.get("RANK", "0"))
 
     def watched_step(model: Any, optimizer: Any, work: Any, *words: Any) -> tuple[float, float]:
         loss, norm = take_step(model, optimizer, work, *words)
-        with contextlib.redirect_stdout(sys.__stdout__):
-            say_step(work.num_tokens, loss)
+        if rank == 0:
+            with contextlib.redirect_stdout(sys.__stdout__):
+                say_step(work.num_tokens, loss)
         if work.number == last:
             raise LastStep
         return loss, norm
 
     train.train_step = watched_step
+    together = os.getppid() if "RANK" in os.environ else os.getpid()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), contextlib.suppress(LastStep):
         toml = Path(folder) / "speed.toml"
-        write_toml(toml, name, documents, how)
-        train.main([str(toml), "--job.dump_folder", folder + "/run", "--training.steps", "1000"])
+        write_toml(toml, name, documents, how, rows_at_once)
+        train.main([str(toml), "--job.dump_folder", str(Path(documents).with_name(f"run-{together}")), "--training.steps", "1000"])
     os._exit(0)  # no export, no checkpoint
 
 
