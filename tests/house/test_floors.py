@@ -15,8 +15,8 @@ ROOF = ("train.py", "scripts", "benchmarks")
 
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "files", "config"), 0),
-    **dict.fromkeys(("batch", "data", "model", "adapters", "quantize", "optimizer", "schedule", "flops"), 1),
-    **dict.fromkeys(("parallel",), 2),
+    **dict.fromkeys(("batch", "data", "model", "adapters", "quantize", "schedule", "flops"), 1),
+    **dict.fromkeys(("optimizer", "parallel"), 2),
     **dict.fromkeys(("checkpoint", "formats", "observe", "infer"), 3),
 }
 """Room → its floor."""
@@ -27,6 +27,7 @@ NEIGHBOURS = {
     "model": {"batch"},
     **{room: {"model"} for room in ("quantize", "flops")},
     "adapters": {"model", "quantize"},
+    "parallel": {"optimizer"},
 }
 """Rooms of the same floor that a room may see."""
 SINGLE_IMPORTS = {("formats", "tunelib.checkpoint.dcp_reader")}
@@ -35,7 +36,6 @@ SECTIONS_OF = {
     "data": {"Dataset", "Source", "MixedSource", "Columns", "FORMAT_COLUMNS"},
     "model": {"Model", "RopeScaling"},
     "adapters": {"Lora"},
-    "optimizer": {"Optimizer"},
     "schedule": {"LrScheduler"},
 }
 """What a room of floor 1 may take from the config: its own section."""

@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -555,6 +556,10 @@ def _(lab: Lab) -> None:
 @shows("optimizer.name", "optimizer.momentum")
 def _(lab: Lab) -> None:
     lab.changes("loss", "--optimizer.name", "SGD")
+    wide = ("--model.hidden_size", "64")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.compile has some of its own
+        lab.changes("loss", "--optimizer.name", "AdamW8bit", given=wide)
     lab.changes("loss", "--optimizer.momentum", "0.9", given=("--optimizer.name", "SGD"))
 
 

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Run, free_port, run_processes, write_chats, write_toml
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tunelib.checkpoint.dcp_reader import load_tensors
 from tunelib.errors import CheckpointError, ConfigError, FormatError, NumbersError
 
 KEEP_SAVING = """
@@ -97,6 +100,38 @@ def test_resume_on_another_number_of_processes_is_the_same_training(
     found = cut.weights()
     for name, weight in whole.weights().items() if dtype == "float64" else ():
         assert torch.linalg.norm(found[name] - weight) <= tolerance * torch.linalg.norm(weight), name
+
+
+@pytest.mark.slow
+def test_moments_of_8_bits_fit_any_sharding(tmp_path: Path, toml: Path) -> None:
+    """Codes and scales that two processes wrote go on in one: after a step more they are the same, but for codes at the edge of two."""
+    sizes = ["--model.hidden_size", "64", "--model.intermediate_size", "160", "--lr_scheduler.warmup_steps", "0"]
+    words = [str(toml), *sizes, "--optimizer.name", "AdamW8bit", "--checkpoint.interval", "1", "--checkpoint.keep_latest_k", "0"]
+    two, one = (tmp_path / name for name in ("two", "one"))
+    run_processes([[*words, "--training.steps", "3", "--job.dump_folder", str(two)]], 2, warnings="default")
+    shutil.copytree(two, one)
+    more = [*words, "--training.steps", "4", "--job.dump_folder"]
+    run_processes([[*more, str(two)]], 2, warnings="default")
+    run_processes([[*more, str(one)]], 1, warnings="default")
+    assert Run(one).series("loss") == pytest.approx(Run(two).series("loss"), rel=1e-5)
+    written, found = (read_tensors(folder / "checkpoint/step-4") for folder in (two, one))
+    codes = [name for name in written if name.endswith(".codes")]
+    assert "optimizer.model.layers.0.mlp.gate_proj.weight.exp_avg_sq.codes" in codes
+    assert "optimizer.model.layers.0.mlp.down_proj.weight.exp_avg" in written, "rows of 160 are no whole blocks"
+    for name in codes:
+        differing = (written[name].int() - found[name].int()).abs()
+        assert differing.max() <= 1, name
+        assert (differing > 0).float().mean() < 0.01, name
+        scale = name.replace(".codes", ".scale")
+        torch.testing.assert_close(found[scale], written[scale], rtol=1e-4, atol=0)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole."""
+    shapes = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in shapes.items() if isinstance(of, TensorStorageMetadata)}
+    load_tensors(tensors, folder)
+    return tensors
 
 
 def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(train: Callable[..., Run], toml: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """Matrices decay, norms and biases do not; prepared state is what a real first step would make."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -8,12 +9,15 @@ from torch import nn
 from unit.samples import tiny_model
 
 from tunelib.config.schema import Optimizer
-from tunelib.optimizer import build_optimizer, prepare_state, set_lr
+from tunelib.errors import ConfigError
+from tunelib.optimizer import _adamw8bit, build_optimizer, prepare_state, set_lr, state_tensors
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch.compile makes it
 SECTIONS = {
     "AdamW": Optimizer(),
     "SGD": Optimizer(name="SGD"),
     "SGD with momentum": Optimizer(name="SGD", momentum=0.9),
+    "AdamW8bit": Optimizer(name="AdamW8bit"),
 }
 
 
@@ -70,6 +74,68 @@ def test_section_reaches_torch() -> None:
     assert all((group["lr"], group["betas"], group["eps"]) == (0.5, (0.7, 0.8), 1e-3) for group in adamw.param_groups)
     sgd = build_optimizer(tiny_model(), Optimizer(name="SGD", lr=0.5, momentum=0.25))
     assert all((group["lr"], group["momentum"]) == (0.5, 0.25) for group in sgd.param_groups)
+
+
+def wide_model() -> nn.Module:
+    """With matrices whose moments have 8 bits, one that is too small, and one whose rows are no multiple of a block."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(128, 96), nn.Tanh(), nn.Linear(96, 128), nn.Tanh(), nn.Linear(128, 8, bias=False))
+
+
+def learn(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Losses of learning one fixed map."""
+    inputs = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(steps):
+        loss = (model(inputs) - inputs[:, :8].sin()).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_moments_of_8_bits_train_as_well_in_a_quarter_of_the_memory() -> None:
+    losses = {}
+    for name in ("AdamW", "AdamW8bit"):
+        model = wide_model()
+        optimizer = build_optimizer(model, Optimizer(name=name, lr=3e-3))  # type: ignore[arg-type]  # a Literal
+        losses[name] = learn(model, optimizer, 60)
+    assert losses["AdamW8bit"][-1] == pytest.approx(losses["AdamW"][-1], rel=0.05)
+    assert losses["AdamW"][-1] < losses["AdamW"][0] / 10
+    assert isinstance(model, nn.Sequential)
+    wide, uneven, small = model[0].weight, model[2].weight, model[4].weight
+    held = dict(state_tensors(optimizer, wide))
+    assert [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in held.items()] == [
+        ("step", torch.float32, ()),
+        ("exp_avg.codes", torch.uint8, (96, 128)),
+        ("exp_avg.scale", torch.float32, (96, 2)),
+        ("exp_avg_sq.codes", torch.uint8, (96, 128)),
+        ("exp_avg_sq.scale", torch.float32, (96, 2)),
+    ]
+    assert sum(tensor.nbytes for tensor in held.values()) < 0.27 * 2 * wide.nbytes
+    for other in (uneven, small):
+        assert [key for key, _ in state_tensors(optimizer, other)] == ["step", "exp_avg", "exp_avg_sq"]
+
+
+def test_state_of_8_bits_that_was_written_down_goes_on_bit_for_bit() -> None:
+    whole, cut = wide_model(), wide_model()
+    section = Optimizer(name="AdamW8bit", lr=3e-3)
+    expected = learn(whole, build_optimizer(whole, section), 6)
+    first, second = build_optimizer(cut, section), build_optimizer(cut, section)
+    begun = learn(cut, first, 3)
+    prepare_state(second)
+    for parameter in cut.parameters():
+        for (_, empty), (_, full) in zip(state_tensors(second, parameter), state_tensors(first, parameter), strict=True):
+            empty.copy_(full)
+    assert begun + learn(cut, second, 3) == expected
+
+
+def test_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _adamw8bit.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ConfigError, match=r"torchao: pip install 'tunelib\[torchao\]'"):
+        build_optimizer(tiny_model(), Optimizer(name="AdamW8bit"))
 
 
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS.keys())

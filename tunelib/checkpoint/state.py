@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tunelib.errors import CheckpointError
 from tunelib.files import read_json
-from tunelib.optimizer import prepare_state
+from tunelib.optimizer import prepare_state, state_tensors
 
 STATE_FILE = "state.json"
 
@@ -79,7 +79,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors by parameter name; their storage, not copies."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {f"optimizer.{names[parameter]}.{key}": value for parameter, state in optimizer.state.items() for key, value in state.items()}
+    return {f"optimizer.{names[parameter]}.{key}": value for parameter in optimizer.state for key, value in state_tensors(optimizer, parameter)}
 
 
 def rng_tensors(rank: int, device: torch.device) -> dict[str, Tensor]:

@@ -210,6 +210,16 @@ def find_backward_fault(checked: Checked) -> Iterator[str]:
         yield f'{place}: {why}, and what was kept is used but once; set {key} = "2", or activation_checkpoint.mode = "full"'
 
 
+def find_optimizer_fault(checked: Checked) -> Iterator[str]:
+    """Moments of 8 bits belong to whole rows."""
+    degree = checked.config.parallelism.tensor_parallel_degree
+    if checked.config.optimizer.name == "AdamW8bit" and degree > 1:
+        yield (
+            f"{checked.at('optimizer.name')}: moments of 8 bits are cut by rows only, and parallelism.tensor_parallel_degree = {degree} cuts some "
+            "matrices by columns; shard with parallelism.data_parallel_shard_degree instead"
+        )
+
+
 def find_compile_fault(checked: Checked) -> Iterator[str]:
     """What compiled layers cannot be had with, and what cannot be had without them."""
     config = checked.config
@@ -409,6 +419,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("parallelism.", "dataset.streaming"), find_degree_fault),
     (("parallelism.",), find_stages_fault),
     (("parallelism.", "activation_checkpoint."), find_backward_fault),
+    (("parallelism.", "optimizer.name"), find_optimizer_fault),
     (("parallelism.", "activation_checkpoint.", "compile."), find_compile_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_schedule_fault),

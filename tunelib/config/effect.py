@@ -56,7 +56,7 @@ NEEDS = (
     Need(keys_of("validation", "validation.enable"), "validation.enable", (False,)),
     Need(("validation.max_new_tokens",), "validation.prompts", ((),)),
     Need(("optimizer.beta1", "optimizer.beta2", "optimizer.eps"), "optimizer.name", ("SGD",)),
-    Need(("optimizer.momentum",), "optimizer.name", ("AdamW",)),
+    Need(("optimizer.momentum",), "optimizer.name", ("AdamW", "AdamW8bit")),
     Need(("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor"), "lr_scheduler.decay_type", ("constant",)),
     Need(keys_of("model.rope_scaling", "model.rope_scaling.rope_type"), "model.rope_scaling.rope_type", ("default",)),
     Need(("dataset.subset", "dataset.split", "dataset.revision", "dataset.format", *keys_of("dataset.columns")), "dataset.mix"),

@@ -248,8 +248,9 @@ class Training:
 class Optimizer:
     """The optimizer; norms and biases get no weight decay."""
 
-    name: Literal["AdamW", "SGD"] = "AdamW"
-    """Which optimizer; AdamW is torch's fused one."""
+    name: Literal["AdamW", "AdamW8bit", "SGD"] = "AdamW"
+    """Which optimizer; AdamW is torch's fused one. "AdamW8bit": torchao's, whose moments take a quarter of the memory (needs the extra
+    "torchao" and a compiler)."""
     lr: Positive = 3e-4
     """The learning rate that warmup rises to."""
     beta1: Annotated[float, Bounds(minimum=0, maximum=0.999999)] = 0.9

@@ -31,7 +31,7 @@ from tunelib.config import resolve_data_ranks, resolve_local_batch_size
 from tunelib.config.schema import ActivationCheckpoint, Lora, Optimizer, Parallelism, Training
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder, build_on_meta
-from tunelib.optimizer import build_optimizer, prepare_state
+from tunelib.optimizer import build_optimizer, prepare_state, state_tensors
 from tunelib.parallel.apply import spread_model
 from tunelib.parallel.mesh import Layout, build_layout
 from tunelib.parallel.pipeline import Pipeline, parts_of, plan_stages
@@ -179,7 +179,7 @@ def _estimate_rank(plan: Plan, rank: int) -> Estimate:
             ledger = _Ledger(paper)
             if not offloaded:
                 ledger.enter("parameters", model.parameters())
-            state = [value for of_parameter in optimizer.state.values() for value in of_parameter.values()]
+            state = [value for parameter in optimizer.state for _, value in state_tensors(optimizer, parameter)]
             if not offloaded:
                 ledger.enter("optimizer", state)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -218,7 +218,8 @@ def take_step(model: Decoder, optimizer: torch.optim.Optimizer, plan: Plan, layo
         ledger.moment = "optimizer's step"
         clip_gradients(model.parameters(), plan.training.max_norm, layout.pipeline)
         sum_over_ranks(total, layout.sums)
-        optimizer.step()
+        if plan.optimizer.name != "AdamW8bit":  # whose step is compiled: it works in registers
+            optimizer.step()
         optimizer.zero_grad()
 
 
