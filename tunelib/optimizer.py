@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
 from tunelib.config.schema import Optimizer
@@ -105,11 +106,14 @@ def _adamw8bit() -> Any:
     logging.disable(logging.WARNING)  # of kernels for other machines that it did not load
     try:
         from torchao.optim import AdamW8bit
-        from torchao.optim.subclass_8bit import OptimState8bit
+        from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
     except ImportError:
         raise ConfigError("optimizer.name = AdamW8bit needs the package torchao: pip install 'tunelib[torchao]'") from None
     finally:
         logging.disable(before)
+
+    with unset_fake_temporarily():  # the levels are made once, of numbers, which an estimate's tensors do not have
+        get_qmap_signed(), get_qmap_unsigned()
 
     class RowwiseAdamW8bit(AdamW8bit):
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:

@@ -39,6 +39,15 @@ def test_shards_of_parameters_and_state_are_exact(world_size: int) -> None:
     assert estimate.checkpoint_bytes == 12 * NUM_PARAMETERS + 4 * NUM_TENSORS  # whatever the layout
 
 
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_moments_of_8_bits_are_counted_as_what_they_are(world_size: int) -> None:
+    """A byte for each number, and a scale of four for every 64; those of norms stay in float32."""
+    norms = MODEL.hidden_size * (2 * MODEL.num_hidden_layers + 1)
+    moments = (NUM_PARAMETERS - norms) * 17 // 16 + 4 * norms
+    peak = estimate_memory(Plan(MODEL, world_size, "cpu", TRAINING, optimizer=Optimizer(name="AdamW8bit"))).peak
+    assert peak.optimizer == 2 * moments // world_size + 4 * NUM_TENSORS
+
+
 def test_copies_are_not_shared_and_parts_of_products_are() -> None:
     replicated = estimate_memory(Plan(MODEL, 4, "cpu", TRAINING, Parallelism(data_parallel_replicate_degree=2)))
     assert replicated.peak.parameters == 4 * NUM_PARAMETERS // 2
