@@ -2,11 +2,14 @@
 
 Step s takes rows (s − 1)·G … s·G − 1 of the endless sequence epoch 0, epoch 1, …, where G is the global batch; with
 ``dataset.last_batch = "drop"`` each epoch is first cut to a multiple of G rows. Nothing here
-depends on how many ranks there are: a rank is handed its share of a step's rows at the end. There is no state but the step.
+depends on how many ranks there are: a rank is handed its share of a step's rows at the end. There is no state but the step; a thread
+makes the next one's rows while a step trains.
 """
 
 import bisect
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -66,6 +69,9 @@ class TrainData:
         self.mix = build_mix(index)
         self._plans: dict[int, EpochPlan] = {}
         self._epoch_ends: list[int] = []  # rows before the end of epoch 0, 1, …
+        self._planning = threading.RLock()
+        self._maker = ThreadPoolExecutor(1, "rows of the next step")
+        self._ahead: tuple[int, Future[Step]] | None = None
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -93,8 +99,9 @@ class TrainData:
 
     def steps_in_epochs(self, epochs: int) -> int:
         """Steps that take all of so many epochs, the last batch filled from the next."""
-        while len(self._epoch_ends) < epochs:
-            self._plan_next_epoch()
+        with self._planning:
+            while len(self._epoch_ends) < epochs:
+                self._plan_next_epoch()
         return -(-self._epoch_ends[epochs - 1] // self.global_batch_size)
 
     def epochs_after(self, step: int) -> int:
@@ -115,7 +122,12 @@ class TrainData:
         return [self.index.where(document) for _, row in self.rows_of(step) for document in row.tolist()]
 
     def step(self, number: int) -> Step:
-        """This rank's micro-batches of a step, which is counted from 1."""
+        """This rank's micro-batches of a step, which is counted from 1. Those of the next are made while this one trains."""
+        made = self._ahead[1].result() if self._ahead is not None and self._ahead[0] == number else self._make(number)
+        self._ahead = number + 1, self._maker.submit(self._make, number + 1)
+        return made
+
+    def _make(self, number: int) -> Step:
         rows = self.rows_of(number)
         documents = [row for _, row in rows]
         done = number * self.global_batch_size
@@ -133,9 +145,10 @@ class TrainData:
         return build_batch([self.index.read_row(row) for row in rows], self.seq_len, self.packing)
 
     def _ends_up_to(self, rows: int) -> list[int]:
-        while not self._epoch_ends or self._epoch_ends[-1] < rows:
-            self._plan_next_epoch()
-        return self._epoch_ends
+        with self._planning:
+            while not self._epoch_ends or self._epoch_ends[-1] < rows:
+                self._plan_next_epoch()
+            return self._epoch_ends
 
     def _plan_next_epoch(self) -> None:
         epoch = len(self._epoch_ends)
@@ -152,12 +165,13 @@ class TrainData:
         return rows
 
     def _plan(self, epoch: int) -> EpochPlan:
-        if epoch not in self._plans:
-            for old in sorted(self._plans)[:-1]:  # two are enough: a batch may lie across a border
-                del self._plans[old]
-            documents, random = self.mix.documents(self.seed, epoch), seeded_random(self.seed, epoch)
-            self._plans[epoch] = plan_epoch(documents, self.index.lengths, self.seq_len, self.packing, random)
-        return self._plans[epoch]
+        with self._planning:
+            if epoch not in self._plans:
+                for old in sorted(self._plans)[:-1]:  # two are enough: a batch may lie across a border
+                    del self._plans[old]
+                documents, random = self.mix.documents(self.seed, epoch), seeded_random(self.seed, epoch)
+                self._plans[epoch] = plan_epoch(documents, self.index.lengths, self.seq_len, self.packing, random)
+            return self._plans[epoch]
 
 
 class HeldOutData:

@@ -1,5 +1,6 @@
 """The rows of a step do not depend on how many ranks there are or how large a micro-batch is; labels are shifted once."""
 
+import threading
 from collections import Counter
 
 import numpy as np
@@ -11,7 +12,7 @@ from unit.samples import make_index
 
 from tunelib.batch import IGNORED, Batch
 from tunelib.data.index import Index
-from tunelib.data.loader import HeldOutData, Share, TrainData, build_batch
+from tunelib.data.loader import HeldOutData, Share, Step, TrainData, build_batch
 from tunelib.errors import DataError
 
 SEQ_LEN, GLOBAL = 12, 8
@@ -253,3 +254,39 @@ def test_order_of_the_data_is_part_of_its_fingerprint() -> None:
     assert all(other.fingerprint != usual for other in others)
     assert train_data(index, Share(1, 4, 1)).fingerprint == usual
     assert usual.items() >= index.fingerprint.items()
+
+
+def test_rows_of_the_next_step_are_made_while_one_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another thread, once, and by nobody where a step is asked for that does not follow."""
+    data, made = train_data(mixed_index()), []
+    make = data._make
+
+    def watched(number: int) -> Step:
+        made.append((number, threading.current_thread() is threading.main_thread()))
+        return make(number)
+
+    monkeypatch.setattr(data, "_make", watched)
+    steps = {1: data.step(1)}
+    assert data._ahead is not None
+    data._ahead[1].result(timeout=10)
+    assert made == [(1, True), (2, False)]
+    steps |= {number: data.step(number) for number in (2, 3, 7)}
+    data._ahead[1].result(timeout=10)
+    assert sorted(made) == [(1, True), (2, False), (3, False), (4, False), (7, True), (8, False)]
+    for number, step in steps.items():
+        assert rows_in(step.batches) == rows_in(train_data(mixed_index()).step(number).batches)
+
+
+def test_fault_of_rows_made_ahead_is_that_of_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = train_data(mixed_index())
+    make = data._make
+
+    def faulty(number: int) -> Step:
+        if number == 2:
+            raise DataError("the index is cut short")
+        return make(number)
+
+    monkeypatch.setattr(data, "_make", faulty)
+    assert data.step(1).number == 1
+    with pytest.raises(DataError, match="cut short"):
+        data.step(2)
