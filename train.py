@@ -47,7 +47,7 @@ from tunelib.observe.metrics import METRICS_FILE, NONFINITE_FILE, SAMPLES_FILE, 
 from tunelib.observe.report import Summary, describe_documents, opening_lines
 from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
-from tunelib.parallel.compile import choose_compile
+from tunelib.parallel.compile import check_compiled_step, choose_compile
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.mesh import Layout, build_layout
 from tunelib.parallel.pipeline import Pipeline, plan_stages
@@ -129,6 +129,8 @@ def main(argv: list[str]) -> None:
         model_json = json.dumps(export.fields, indent=2)
         manager = CheckpointManager(config.checkpoint, checkpoint_folder, runtime.is_main, resolved_toml(loaded), model_json, console.say)
         num_steps = config.training.steps or (train_data.steps_in_epochs(config.training.epochs or 1) if isinstance(train_data, TrainData) else 0)
+        if isinstance(train_data, TrainData):
+            train_data.last_step = num_steps
         decision = manager.decide(num_steps)
         console.say(decision.sentence)
         origin, identity = describe_identity(config, export.fields, train_data)
@@ -143,6 +145,7 @@ def main(argv: list[str]) -> None:
             full_rows = [config.training.seq_len] * config.training.global_batch_size
             step_needs = step_flops(weights.config, full_rows, sum(full_rows), config.lora.rank if config.lora.enable else 0)
             flops = num_steps * step_needs / runtime.world_size
+            check_compiled_step(config.optimizer, runtime.device)
             compiled = choose_compile(config.compile.enable, find_what_rules_out_compile(config)[0], runtime.device, compiled_before, flops)
             if decision.state is not None:
                 check_identity(decision.state.identity, origin if decision.kind == "seed" else identity)
@@ -272,7 +275,7 @@ def main(argv: list[str]) -> None:
             lr = config.optimizer.lr * lr_factor(config.lr_scheduler, step, num_steps)
             row: dict[str, Any] = {"step": step, "epoch": work.epoch, "lr": lr}
             if step not in progress.passed_over:
-                with watchdog.step(step, is_first=step <= first_step):
+                with watchdog.step(step, is_first=not summary.has_steps):
                     loss, grad_norm = train_step(model, optimizer, work, lr, config.training.max_norm, runtime, layout)
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     pass_over(loss, grad_norm)

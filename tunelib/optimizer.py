@@ -33,7 +33,7 @@ def build_optimizer(model: nn.Module, section: Optimizer) -> torch.optim.Optimiz
     if section.name == "SGD":
         return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum)
     words: dict[str, Any] = {"lr": section.lr, "betas": (section.beta1, section.beta2), "eps": section.eps}
-    return _adamw8bit()(groups, **words) if section.name == "AdamW8bit" else torch.optim.AdamW(groups, fused=True, **words)
+    return load_adamw8bit()(groups, **words) if section.name == "AdamW8bit" else torch.optim.AdamW(groups, fused=True, **words)
 
 
 def prepare_state(optimizer: torch.optim.Optimizer) -> None:
@@ -74,7 +74,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterat
         if local.numel():
             parts = {"codes": local.codes, "scale": local.scale.view(len(local), -1)}
         else:  # nothing of the parameter is here
-            parts = {"codes": local.to(torch.uint8), "scale": local.new_zeros(0, columns // BLOCK)}
+            parts = {"codes": local.to(torch.uint8), "scale": local.new_zeros(0, columns // BLOCK, dtype=torch.float32)}
         for name, part in parts.items():
             shape = torch.Size((rows, part.shape[1]))
             yield f"{key}.{name}", _like(value, part, shape) if isinstance(value, DTensor) else part
@@ -100,15 +100,19 @@ def _like(whole: DTensor, part: Tensor, shape: torch.Size) -> DTensor:
 
 
 @functools.cache
-def _adamw8bit() -> Any:
-    """torchao's AdamW8bit with scales that never reach over the end of a row: its own blocks depend on how a matrix is cut."""
+def load_adamw8bit() -> Any:
+    """torchao's AdamW8bit with scales that never reach over the end of a row: its own blocks depend on how a matrix is cut.
+
+    Raises:
+        ConfigError: torchao is not installed, or fits nothing here.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # of kernels for other machines that it did not load
     try:
         from torchao.optim import AdamW8bit
         from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
-    except ImportError:
-        raise ConfigError("optimizer.name = AdamW8bit needs the package torchao: pip install 'tunelib[torchao]'") from None
+    except ImportError as error:
+        raise ConfigError(f"optimizer.name = AdamW8bit needs the package torchao: pip install 'tunelib[torchao]' ({error})") from None
     finally:
         logging.disable(before)
 

@@ -211,13 +211,19 @@ def find_backward_fault(checked: Checked) -> Iterator[str]:
 
 
 def find_optimizer_fault(checked: Checked) -> Iterator[str]:
-    """Moments of 8 bits belong to whole rows."""
-    degree = checked.config.parallelism.tensor_parallel_degree
-    if checked.config.optimizer.name == "AdamW8bit" and degree > 1:
+    """What torchao's AdamW8bit does not do."""
+    config, place = checked.config, checked.at("optimizer.name")
+    if config.optimizer.name != "AdamW8bit":
+        return
+    if (degree := config.parallelism.tensor_parallel_degree) > 1:
         yield (
-            f"{checked.at('optimizer.name')}: moments of 8 bits are cut by rows only, and parallelism.tensor_parallel_degree = {degree} cuts some "
-            "matrices by columns; shard with parallelism.data_parallel_shard_degree instead"
+            f"{place}: moments of 8 bits are cut by rows only, and parallelism.tensor_parallel_degree = {degree} cuts some matrices by columns; "
+            "shard with parallelism.data_parallel_shard_degree instead"
         )
+    if config.training.enable_cpu_offload:
+        yield f"{place}: moments of 8 bits are not offloaded; remove training.enable_cpu_offload, or take AdamW"
+    if config.training.dtype == "float64":
+        yield f"{place}: its step computes in float32, which training.dtype = float64 would lose its precision to; take AdamW"
 
 
 def find_compile_fault(checked: Checked) -> Iterator[str]:
@@ -419,7 +425,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("parallelism.", "dataset.streaming"), find_degree_fault),
     (("parallelism.",), find_stages_fault),
     (("parallelism.", "activation_checkpoint."), find_backward_fault),
-    (("parallelism.", "optimizer.name"), find_optimizer_fault),
+    (("parallelism.", "optimizer.name", "training.dtype", "training.enable_cpu_offload"), find_optimizer_fault),
     (("parallelism.", "activation_checkpoint.", "compile."), find_compile_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_batch_fault),
     (("parallelism.", "training.global_batch_size", "training.local_batch_size"), find_schedule_fault),

@@ -59,6 +59,9 @@ class TrainData:
         share: this rank's part.
         last_batch: "fill" or "drop": what becomes of an epoch's last rows where they are no whole batch.
 
+    Attributes:
+        last_step: the run's, set from outside; nothing is made ahead beyond it.
+
     Raises:
         DataError: with "drop", an epoch has fewer rows than a batch; or a source has no document.
     """
@@ -72,6 +75,7 @@ class TrainData:
         self._planning = threading.RLock()
         self._maker = ThreadPoolExecutor(1, "rows of the next step")
         self._ahead: tuple[int, Future[Step]] | None = None
+        self.last_step: int | None = None
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -124,7 +128,8 @@ class TrainData:
     def step(self, number: int) -> Step:
         """This rank's micro-batches of a step, which is counted from 1. Those of the next are made while this one trains."""
         made = self._ahead[1].result() if self._ahead is not None and self._ahead[0] == number else self._make(number)
-        self._ahead = number + 1, self._maker.submit(self._make, number + 1)
+        more = self.last_step is None or number < self.last_step
+        self._ahead = (number + 1, self._maker.submit(self._make, number + 1)) if more else None
         return made
 
     def _make(self, number: int) -> Step:

@@ -48,16 +48,9 @@ class Segments:
     gather: Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Documents of whole rows, by their lengths, row after row."""
-
-    lengths: tuple[int, ...]
-
-
-# What tells documents apart: their lengths (CPU), FlexAttention's block mask (CUDA), or, of rows that are cut over processes, segments.
-# To a compiler all of them are unknown objects, so that nothing is compiled anew where documents end elsewhere.
-Documents = Lengths | Segments | Any
+# What tells documents apart: their lengths, row after row (CPU), FlexAttention's block mask (CUDA), or, of rows that are cut over processes,
+# segments.
+Documents = tuple[int, ...] | Segments | Any
 
 
 class Attention(nn.Module):
@@ -80,31 +73,29 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Causal attention of q (B, S, H, D) to k, v (B, S, K, D) inside each document, → (B, S, H, D)."""
-    if isinstance(documents, Lengths):
-        return attend_per_document(q, k, v, documents.lengths)
+    if isinstance(documents, tuple):
+        return attend_per_document(q, k, v, documents)
     return attend_segments(q, k, v, documents) if isinstance(documents, Segments) else attend_flex(q, k, v, documents)
 
 
 def plan_documents(document_lengths: tuple[int, ...] | Segments, x: Tensor, head_dim: int) -> Documents:
-    """What `Attention` needs to keep the documents of x (B, S, hidden) apart; made once per micro-batch, shared by all layers.
+    """What `attend` needs to keep the documents of x (B, S, hidden) apart; made once per micro-batch, shared by all layers.
 
     FlexAttention's kernels know neither float64 nor heads below 16; one document by itself, as in generation, needs no mask.
     """
     if isinstance(document_lengths, Segments):
         return document_lengths
     has_kernel = x.is_cuda and x.dtype != torch.float64 and head_dim >= 16
-    return build_block_mask(document_lengths, len(x), x.device) if has_kernel and len(document_lengths) > 1 else Lengths(document_lengths)
+    return build_block_mask(document_lengths, len(x), x.device) if has_kernel and len(document_lengths) > 1 else document_lengths
 
 
 def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple[int, ...]) -> Tensor:
-    """The same, one document after the other.
-
-    Documents are cut with ``split``, whose backward is one concatenation; slices would each fill a gradient of full size.
-    """
+    """The same, one document after the other."""
     rows = (tensor.flatten(0, 1) for tensor in (q, k, v))
     if q.device.type == "cpu":
         return document_attention(*rows, document_lengths)[0].unflatten(0, q.shape[:2])
     attended = []
+    # split's backward is one concatenation; slices would each fill a gradient of full size.
     for of_document in zip(*(tensor.split(document_lengths) for tensor in rows), strict=True):  # (L, H, D), (L, K, D)
         q_i, k_i, v_i = (_heads_first(tensor) for tensor in of_document)
         out = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])

@@ -125,6 +125,11 @@ class Summary:
         self._losses: list[float] = []
         self._validations: list[float] = []
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether a step has ended that changed the weights."""
+        return self._num_steps > 0
+
     def add_step(self, num_tokens: int, seconds: float, loss: float) -> None:
         """One step has ended; its time leaves out validation and saving."""
         if not self._num_steps and (age := process_age()) is not None:

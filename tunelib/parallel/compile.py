@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
+from tunelib.config.schema import Optimizer
 from tunelib.errors import ConfigError
 from tunelib.model.decoder import Decoder, DecoderLayer
+from tunelib.optimizer import load_adamw8bit
 
 FLOPS_PER_THREAD = 60e9
 """What a thread of a CPU may do in a second; only the order of magnitude counts here."""
@@ -54,6 +56,19 @@ def choose_compile(told: bool | None, ruled_out_by: str, device: torch.device, c
     if missing := _find_missing(device):
         return Choice(False, missing)
     return Choice(True, "on a GPU" if device.type == "cuda" else f"a run of about {hours:.1f} hours wins it back")
+
+
+def check_compiled_step(section: Optimizer, device: torch.device) -> None:
+    """Whether torchao and a compiler are here, where the optimizer's step is compiled.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    if section.name != "AdamW8bit":
+        return
+    load_adamw8bit()
+    if missing := _find_missing(device):
+        raise ConfigError(f"optimizer.name = AdamW8bit: its step is compiled, and {missing}; take AdamW")
 
 
 def _able(choice: Choice, device: torch.device) -> Choice:

@@ -218,7 +218,10 @@ def take_step(model: Decoder, optimizer: torch.optim.Optimizer, plan: Plan, layo
         ledger.moment = "optimizer's step"
         clip_gradients(model.parameters(), plan.training.max_norm, layout.pipeline)
         sum_over_ranks(total, layout.sums)
-        if plan.optimizer.name != "AdamW8bit":  # whose step is compiled: it works in registers
+        if plan.optimizer.name == "AdamW8bit":  # whose compiled step holds two copies of the matrix in hand, in float32 (seen on a CPU)
+            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            torch.empty(2, max(local(parameter).numel() for parameter in trained), dtype=torch.float32)
+        else:
             optimizer.step()
         optimizer.zero_grad()
 

@@ -190,7 +190,8 @@ def run_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
             return _leave_exit_code(_report_memory(error))
         traceback.print_exc()
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            print(f"error: layers cannot be compiled ({type(error).__name__}, above): set compile.enable = false", file=sys.stderr)
+            advice = "set compile.enable = false, and take another optimizer.name than AdamW8bit"
+            print(f"error: what is to be compiled cannot be ({type(error).__name__}, above): {advice}", file=sys.stderr)
         return _leave_exit_code(1)
 
 

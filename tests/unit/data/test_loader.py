@@ -273,6 +273,9 @@ def test_rows_of_the_next_step_are_made_while_one_trains(monkeypatch: pytest.Mon
     steps |= {number: data.step(number) for number in (2, 3, 7)}
     data._ahead[1].result(timeout=10)
     assert sorted(made) == [(1, True), (2, False), (3, False), (4, False), (7, True), (8, False)]
+    data.last_step = 8
+    steps[8] = data.step(8)
+    assert data._ahead is None, "beyond the last step"
     for number, step in steps.items():
         assert rows_in(step.batches) == rows_in(train_data(mixed_index()).step(number).batches)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from unit.samples import tiny_model
 
-from tunelib.model.attention import FASTER_IN_BLOCKS, Lengths, attend_flex, attend_per_document, build_block_mask, document_attention, plan_documents
+from tunelib.model.attention import FASTER_IN_BLOCKS, attend_flex, attend_per_document, build_block_mask, document_attention, plan_documents
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 1, 10, 3, 13)  # two rows of 16: the documents of a row end with it
@@ -99,7 +99,7 @@ def test_no_gradient_crosses_between_documents() -> None:
 
 
 def test_cpu_needs_nothing_but_lengths() -> None:
-    assert plan_documents(LENGTHS, torch.zeros(2, 5, 4), 16) == Lengths(LENGTHS)
+    assert plan_documents(LENGTHS, torch.zeros(2, 5, 4), 16) == LENGTHS
 
 
 @pytest.mark.parametrize("tied", [False, True])

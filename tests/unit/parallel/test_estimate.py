@@ -48,6 +48,13 @@ def test_moments_of_8_bits_are_counted_as_what_they_are(world_size: int) -> None
     assert peak.optimizer == 2 * moments // world_size + 4 * NUM_TENSORS
 
 
+def test_step_with_moments_of_8_bits_holds_two_copies_of_the_largest_matrix() -> None:
+    wide = replace(MODEL, intermediate_size=2**17)  # so that the step decides the peak
+    estimate = estimate_memory(Plan(wide, 1, "cpu", replace(TRAINING, seq_len=1), optimizer=Optimizer(name="AdamW8bit")))
+    assert estimate.moment == "optimizer's step"
+    assert estimate.peak.activations == pytest.approx(2 * 4 * 2**17 * MODEL.hidden_size, rel=0.01)
+
+
 def test_copies_are_not_shared_and_parts_of_products_are() -> None:
     replicated = estimate_memory(Plan(MODEL, 4, "cpu", TRAINING, Parallelism(data_parallel_replicate_degree=2)))
     assert replicated.peak.parameters == 4 * NUM_PARAMETERS // 2
