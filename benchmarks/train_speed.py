@@ -110,12 +110,13 @@ def spread(values: list[float], form: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workload", choices=WORKLOADS)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--only", nargs="+", default=[])
+    everybody = {**OURS, **LOOPS, **PEERS}
+    parser.add_argument("workload", choices=WORKLOADS, help="; ".join(f"{name}: {workload.title}" for name, workload in WORKLOADS.items()))
+    parser.add_argument("--pairs", type=int, default=5, help="how often those that are compared run in turn")
+    parser.add_argument("--steps", type=int, default=12, help=f"optimizer steps of a run, the first {WARM_UP} of which are not counted")
+    parser.add_argument("--only", nargs="+", default=[], choices=everybody, metavar="NAME", help=f"contestants, of {', '.join(everybody)}")
     words = parser.parse_args()
-    workload, everybody = WORKLOADS[words.workload], {**OURS, **LOOPS, **PEERS}
+    workload = WORKLOADS[words.workload]
     here = {name: one for name, one in everybody.items() if name in OURS or name in LOOPS or (ROOT / ".peers" / one[0]).exists()}
     chosen = {name: everybody[name] for name in words.only} or here
     with tempfile.TemporaryDirectory() as folder:

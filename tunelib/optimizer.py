@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,12 +51,7 @@ def prepare_state(optimizer: torch.optim.Optimizer) -> None:
                     "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 }
             elif not isinstance(optimizer, torch.optim.SGD):
-                new_buffer: Any = optimizer._new_buffer  # type: ignore[attr-defined]  # torchao's
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": new_buffer(parameter, True),
-                    "exp_avg_sq": new_buffer(parameter, False),
-                }
+                optimizer.state[parameter] = optimizer.fresh_state(parameter)  # type: ignore[attr-defined]  # of `load_adamw8bit`
             elif group["momentum"]:
                 optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
@@ -112,14 +108,32 @@ def load_adamw8bit() -> Any:
         from torchao.optim import AdamW8bit
         from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
     except ImportError as error:
-        raise ConfigError(f"optimizer.name = AdamW8bit needs the package torchao: pip install 'tunelib[torchao]' ({error})") from None
+        raise ConfigError(f"optimizer.name = AdamW8bit needs the package torchao: pip install torchao ({error})") from None
     finally:
         logging.disable(before)
 
+    warnings.filterwarnings("ignore", "OptimState8bit does not implement _stable_hash_for_caching")  # which torchao is asked for
     with unset_fake_temporarily():  # the levels are made once, of numbers, which an estimate's tensors do not have
         get_qmap_signed(), get_qmap_unsigned()
 
     class RowwiseAdamW8bit(AdamW8bit):
+        def step(self, closure: Any = None) -> Any:
+            """torchao's, but for parameters of which nothing is here: torch's cache took their compiled step for that of another process."""
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    if parameter.grad is None or local.numel():
+                        continue
+                    if not self.state[parameter]:
+                        self.state[parameter] = self.fresh_state(parameter)
+                    self.state[parameter]["step"] += 1
+                    parameter.grad = None
+            return super().step(closure)
+
+        def fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
+            buffers = {"exp_avg": self._new_buffer(parameter, True), "exp_avg_sq": self._new_buffer(parameter, False)}
+            return {"step": torch.tensor(0.0), **buffers}
+
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
             local = p.to_local() if isinstance(p, DTensor) else p
             if not _has_bytes(p) or not local.numel():

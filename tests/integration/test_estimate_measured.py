@@ -182,7 +182,7 @@ def test_program_says_what_a_run_needs_and_what_would_fit(tmp_path: Path) -> Non
     assert "run         1,000 steps, 4,096,000 tokens; 4,096 tokens a step: 1 micro-batch of 4 × 512 on each data rank" in fits.stdout
     assert "2 at once at most" in fits.stdout
     assert "fits        yes: tensors may take 72.0 of 80 GiB" in fits.stdout
-    tight = run_script(str(toml), "--gpu_memory_gib", "1.3", "--headroom", "0", "--device", "cpu", *folder)
+    tight = run_script(str(toml), "--gpu_memory_gib", "1.2", "--headroom", "0", "--device", "cpu", *folder)
     assert tight.returncode == 1, tight.stderr
     assert "fits        NO" in tight.stdout
     assert "--training.local_batch_size 1" in tight.stdout

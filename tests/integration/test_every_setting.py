@@ -892,8 +892,7 @@ def _(lab: Lab) -> None:
         assert (choose(None, "", cpu, None, day), choose(None, "x.y", cpu, None, day)) == (True, False)
         assert (choose(None, "", cpu, True), choose(None, "x.y", cpu, True)) == (True, False)
         assert choose_compile(None, "", cpu, None, day).why == "a run of about 46.3 hours wins it back"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",)):
         with pytest.raises(ConfigError, match=r"compile\.enable = true: torch\.compile needs a C\+\+ compiler such as g\+\+, and finds none"):
             choose(True, "", cpu, None)
         with pytest.raises(ConfigError, match="the run that is resumed was compiled"):

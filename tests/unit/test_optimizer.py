@@ -165,7 +165,7 @@ torch.save(whole, f"{sys.argv[2]}/{world_size}.pt")
 dist.destroy_process_group() if world_size > 1 else None
 """
     for world_size in (1, 2):
-        run_ranks(["-c", program, str(world_size), str(tmp_path)], world_size)
+        run_ranks(["-c", program, str(world_size), str(tmp_path)], world_size, timeout=240)
     one, two = (torch.load(tmp_path / f"{number}.pt") for number in (1, 2))
     assert one["exp_avg.codes"].shape == (1, 4096)
     assert one.keys() == two.keys()
@@ -176,7 +176,7 @@ dist.destroy_process_group() if world_size > 1 else None
 def test_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     load_adamw8bit.cache_clear()
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(ConfigError, match=r"torchao: pip install 'tunelib\[torchao\]'"):
+    with pytest.raises(ConfigError, match="torchao: pip install torchao"):
         build_optimizer(tiny_model(), Optimizer(name="AdamW8bit"))
 
 

@@ -74,13 +74,14 @@ def opening_lines(
         if stages
         else ""
     )
+    step_too = "; besides, the step of AdamW8bit, which takes a minute the first time" if config.optimizer.name == "AdamW8bit" else ""
     return [
         *([config.job.description] if config.job.description else []),
         f"model      {num_parameters / 1e6:,.1f} M parameters; {weights}",
         *adapters,
         *(f"{'data' if line is data_lines[0] else '':10} {line}" for line in data_lines),
         f"machine    {processes}, {layout.sentence}, {dtypes.replace('torch.', '')}",
-        f"compile    {'layers' if compiled.compiled else 'nothing'}: {compiled.why}",
+        f"compile    {'layers' if compiled.compiled else 'nothing'}: {compiled.why}{step_too}",
         *([order] if order else []),
         f"run        {num_steps:,} steps of {training.global_batch_size} rows of {training.seq_len} tokens",
         *(f"export     {note}" for note in notes),
