@@ -151,6 +151,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="skip tests that have not begun after so long")
+
+
+BEGUN = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - BEGUN > minutes * 60:
+        pytest.skip(f"not begun within {minutes:g} minutes")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests keep their indexes of data in a folder that goes away with them."""
