@@ -1,5 +1,6 @@
 """What several tests share: small real objects, made here."""
 
+import contextlib
 import json
 import os
 import random
@@ -144,11 +145,16 @@ def count_traffic(model: Path, world_size: int, layout: dict[str, int], lora: di
     return [json.loads(output.splitlines()[-1]) for output in run_ranks(words, world_size)]
 
 
+PORTS = iter(random.Random(os.getpid()).sample(range(15000, 30000), 15000))
+
+
 def free_port() -> int:
-    """A port that nothing listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nothing listens on just now, another each time; not one of those that systems give to outgoing connections."""
+    for port in PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("no free port")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
