@@ -52,7 +52,8 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
 
     def begin(self, step: int) -> None:
-        """A step begins; profile it if it is due."""
+        """A step begins; profile it if it is due. One that was given up for another has ended."""
+        self.end()
         if self._section.enable_profiling and step % self._section.profile_freq == 0:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._runtime.device.type == "cuda" else [])]
             self._active = (step, profile(activities=activities))
