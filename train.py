@@ -26,7 +26,7 @@ from tunelib.checkpoint.identity import check_base, check_identity, describe_ide
 from tunelib.checkpoint.manager import CheckpointManager
 from tunelib.checkpoint.progress import Progress
 from tunelib.checkpoint.state import RunState, model_tensors
-from tunelib.config import Config, check_own_config, describe_changes, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
+from tunelib.config import check_own_config, describe_changes, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
 from tunelib.config.resolve import find_what_rules_out_compile
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
 from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words

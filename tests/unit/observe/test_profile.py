@@ -35,7 +35,5 @@ def test_phases_take_what_they_took() -> None:
 
 def test_a_step_without_marks_is_all_rest() -> None:
     event = SimpleNamespace(name="aten::mm", time_range=SimpleNamespace(start=0, end=2e6))
-    assert phase_table(1, SimpleNamespace(events=lambda: [event])).splitlines() == [
-        "step 1: 2.000 s while profiled",
-        "  rest              2.000 s 100.0%",
-    ]
+    table = phase_table(1, SimpleNamespace(events=lambda: [event]))
+    assert table.splitlines() == ["step 1: 2.000 s while profiled", "  rest              2.000 s 100.0%"]
