@@ -1,7 +1,7 @@
 """Weights of linear layers in eight or four bits, through torchao: made from a whole model, written once, read back.
 
-The written folder is as transformers writes it: a config.json with a quantization_config, and the parts of each tensor in a safetensors file. The head
-and the embedding stay as they are.
+The written folder is as transformers writes it: a config.json with a quantization_config, and the parts of each tensor in a safetensors file.
+The head and the embedding stay as they are.
 """
 
 import contextlib
