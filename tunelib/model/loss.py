@@ -65,12 +65,20 @@ class _HeadLoss(torch.autograd.Function):
         if head_needs:
             of_head = torch.zeros_like(head) if of_head is None else of_head.to(head.dtype)
         ctx.save_for_backward(of_hidden, of_head)
+        ctx.is_scaled = False
         return loss
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        # Not in place: a pipeline's schedule may come twice, for inputs and later for weights.
-        of_hidden, of_head = (gradient if gradient is None else gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        # In place, since a second matrix of the head's size costs its memory and, where the system has to find it, ten times the product; once, since a
+        # pipeline's schedule may come twice, for inputs and later for weights.
+        of_hidden, of_head = ctx.saved_tensors
+        if not ctx.is_scaled:
+            for gradient in (of_hidden, of_head):
+                if gradient is not None:
+                    with torch.autograd._unsafe_preserve_version_counter(gradient):
+                        gradient.mul_(scale.to(gradient.dtype))
+        ctx.is_scaled = True
         return of_hidden, of_head, None, None, None
 
 
