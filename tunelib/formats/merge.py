@@ -54,7 +54,7 @@ def plan_merge(base_path: Path, adapter_path: Path, target: Path, dtype: str = "
         return merge(weight, tensors[module + LORA_A].read(), tensors[module + LORA_B].read(), adapter.scaling, magnitude)
 
     def read(name: str, where: Where) -> Tensor | Untouched:
-        name = family.EMBEDDING if is_tied and name == family.HEAD else name
+        name = family.embedding if is_tied and name == family.head else name
         if name in tensors:
             return tensors[name].read(where)
         module = name.removesuffix(".weight")
