@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunelib.model.config import ModelConfig
+from tunelib.model.form import PLAIN, AttentionForm, attend_to_seen
 from tunelib.model.norm import build_norm
 from tunelib.model.rope import rotate
 
@@ -21,33 +21,6 @@ SCORES_AT_ONCE = 400_000
 """Numbers: a block's scores stay in a CPU's cache, and little of what is masked is computed."""
 FASTER_IN_BLOCKS = range(320, 640)
 """Tokens of a document: in this range torch's flash attention works in small pieces on a CPU, and takes up to 1.4 × as long."""
-
-
-@dataclass(frozen=True)
-class AttentionForm:
-    """How a layer attends: softmax(cap(q·k · scale)) over the keys that a query sees.
-
-    Attributes:
-        scale: None for 1 / sqrt(D).
-        softcap: cap(x) = softcap · tanh(x / softcap); 0: cap(x) = x.
-        window: a query sees so many tokens of its document, itself and those just before; 0: all before it.
-    """
-
-    scale: float | None = None
-    softcap: float = 0.0
-    window: int = 0
-
-    def is_plain_for(self, length: int) -> bool:
-        """Whether torch's own attention does the same to a document of so many tokens."""
-        return not self.softcap and not 0 < self.window < length
-
-
-PLAIN = AttentionForm()
-
-
-def form_of(config: ModelConfig, number: int) -> AttentionForm:
-    """How a layer attends, by its number."""
-    return AttentionForm(config.attention_scale, config.attention_softcap, config.windows[number] if config.windows else 0)
 
 
 @dataclass(frozen=True)
@@ -153,27 +126,13 @@ def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple
 
 def _attend_to_end(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
     """Attention of a document's queries (n, H, D), the last of which is where keys and values (L, K, D) end, → (n, H, D)."""
-    num_queries, length = len(q), len(k)
-    first = length - num_queries
-    if form.window:  # the rest nobody sees
-        k, v = (tensor[max(0, first - form.window + 1) :] for tensor in (k, v))
-    q_i, k_i, v_i = (_heads_first(tensor) for tensor in (q, k, v))
-    group = q.shape[1] // k.shape[1]
-    if not first and form.is_plain_for(length):
-        out = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, scale=form.scale, enable_gqa=group > 1)
-        return out.squeeze(0).transpose(0, 1)
-    offset = len(k) - num_queries
-    seen = torch.ones(num_queries, len(k), dtype=torch.bool, device=q.device).tril(offset)
-    if form.window:
-        seen = seen.triu(offset - form.window + 1)
-    if not form.softcap:
-        out = F.scaled_dot_product_attention(q_i, k_i, v_i, seen, scale=form.scale, enable_gqa=group > 1)
-        return out.squeeze(0).transpose(0, 1)
-    k_i, v_i = (tensor.repeat_interleave(group, 1) for tensor in (k_i, v_i))
-    scores = q_i @ k_i.transpose(2, 3) * (q.shape[-1] ** -0.5 if form.scale is None else form.scale)
-    scores = (form.softcap * torch.tanh(scores / form.softcap)).masked_fill(~seen, -torch.inf)
-    shares = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    return (shares @ v_i).squeeze(0).transpose(0, 1)
+    first, seen = len(k) - len(q), None
+    if first or not form.is_plain_for(len(k)):
+        begin = max(0, first - form.window + 1) if form.window else 0  # what is before it nobody sees
+        k, v = k[begin:], v[begin:]
+        seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(first - begin)
+        seen = seen.triu(first - begin - form.window + 1) if form.window else seen
+    return attend_to_seen(*(_heads_first(tensor) for tensor in (q, k, v)), seen, form).squeeze(0).transpose(0, 1)
 
 
 def _heads_first(rows: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunelib.model.attention import Attention, Documents, Segments, attend, form_of, plan_documents
+from tunelib.model.attention import Attention, Documents, Segments, attend, plan_documents
 from tunelib.model.config import ModelConfig
+from tunelib.model.form import form_of
 from tunelib.model.loss import capped, summed_loss
 from tunelib.model.norm import build_norm
 from tunelib.model.rope import rope_tables

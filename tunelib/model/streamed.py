@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from tunelib.model.attention import form_of, plan_documents
+from tunelib.model.attention import plan_documents
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import DecoderLayer, scaled
 from tunelib.model.families import family_of
+from tunelib.model.form import form_of
 from tunelib.model.loss import capped
 from tunelib.model.norm import build_norm
 from tunelib.model.rope import rope_tables

@@ -10,8 +10,6 @@ from unit.samples import tiny_model
 from tunelib.model import attention
 from tunelib.model.attention import (
     FASTER_IN_BLOCKS,
-    PLAIN,
-    AttentionForm,
     Segment,
     Segments,
     attend,
@@ -21,6 +19,7 @@ from tunelib.model.attention import (
     document_attention,
     plan_documents,
 )
+from tunelib.model.form import PLAIN, AttentionForm
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 1, 10, 3, 13)  # two rows of 16: the documents of a row end with it
