@@ -15,18 +15,18 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from tunelib.adapters import add_adapters
-from tunelib.checkpoint.identity import check_base, check_identity
+from tunelib.checkpoint.identity import check_base, check_identity, describe_identity
 from tunelib.checkpoint.manager import CheckpointManager
 from tunelib.checkpoint.progress import Progress
 from tunelib.checkpoint.state import RunState, model_tensors
-from tunelib.config import Config, check_own_config, describe_changes, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
+from tunelib.config import check_own_config, describe_changes, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
 from tunelib.config.resolve import find_what_rules_out_compile
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
 from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words
@@ -44,6 +44,7 @@ from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.observe.console import Console
 from tunelib.observe.memory import peak_memory_gib
 from tunelib.observe.metrics import METRICS_FILE, NONFINITE_FILE, SAMPLES_FILE, RowWriter
+from tunelib.observe.profile import Profiler, mark
 from tunelib.observe.report import Summary, describe_documents, opening_lines
 from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
@@ -73,6 +74,7 @@ def main(argv: list[str]) -> None:
         stop, save_request = closing.enter_context(StopSignal()), folder / SAVE_REQUEST
 
         watchdog = closing.enter_context(Watchdog(config.comm, folder, runtime))
+        profiler = closing.enter_context(Profiler(config.profiling, folder, runtime, console.say))
 
         # Arrange the machines.
         layout = build_layout(config.parallelism, runtime)
@@ -133,7 +135,9 @@ def main(argv: list[str]) -> None:
             train_data.last_step = num_steps
         decision = manager.decide(num_steps)
         console.say(decision.sentence)
-        origin, identity = describe_identity(config, export.fields, train_data)
+        order = {**train_data.fingerprint, "validation.fraction": config.validation.fraction} if train_data else {}
+        others = {"optimizer.name": config.optimizer.name, "training.dtype": config.training.dtype}
+        origin, identity = describe_identity(export.fields, config.checkpoint.initial_load_path, config.lora, order | others)
         check_same(identity, "the model or data")
         with agreed():
             adapter = adapter_tensors = None
@@ -211,7 +215,7 @@ def main(argv: list[str]) -> None:
         summary = Summary()
 
         def validate() -> None:
-            with watchdog.watch("a validation"):
+            with watchdog.watch("a validation"), mark("validation"):
                 loss = evaluate(model, held_out, runtime, layout, stop) if held_out is not None else None
             if held_out is not None and loss is not None:
                 progress.validation_loss = loss
@@ -232,7 +236,7 @@ def main(argv: list[str]) -> None:
             return progress.capture()
 
         def save() -> None:
-            with watchdog.watch("a save"):
+            with watchdog.watch("a save"), mark("saving"):
                 manager.save_and_go_on(*capture())
 
         def raise_stopped() -> NoReturn:
@@ -271,7 +275,9 @@ def main(argv: list[str]) -> None:
                     save_request.unlink(missing_ok=True)
             step_began = time.monotonic()
             step = progress.step + 1
-            work = train_data.step(step)
+            profiler.begin(step)
+            with mark("data"):
+                work = train_data.step(step)
             lr = config.optimizer.lr * lr_factor(config.lr_scheduler, step, num_steps)
             row: dict[str, Any] = {"step": step, "epoch": work.epoch, "lr": lr}
             if step not in progress.passed_over:
@@ -298,6 +304,7 @@ def main(argv: list[str]) -> None:
                 validate()
             if step < num_steps and manager.is_due(step, (train_data.epochs_after(step - 1), train_data.epochs_after(step))):
                 save()
+            profiler.end()
         console.end_steps()
         step = progress.step
         if step < num_steps:
@@ -353,19 +360,23 @@ def train_step(
     """
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     if isinstance(model.pipeline, Pipeline):
-        total += model.pipeline.train(work.batches, work.num_trained)  # the same in the order of a schedule
+        with mark("forward and backward"):
+            total += model.pipeline.train(work.batches, work.num_trained)  # the same in the order of a schedule
     else:
         for batch in work.batches:
             batch = batch.to(runtime.device)
-            summed = model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
+            with mark("forward"):
+                summed = model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
             # The step's trained tokens are known beforehand, over all ranks and micro-batches: sums of gradients need no more scaling.
-            (summed / work.num_trained).backward()
+            with mark("backward"):
+                (summed / work.num_trained).backward()
             total += summed.detach()
     grad_norm = clip_gradients(model.parameters(), max_norm, layout.pipeline).item()
     loss = sum_over_ranks(total, layout.sums).item() / work.num_trained
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        set_lr(optimizer, lr)
-        optimizer.step()
+        with mark("optimizer"):
+            set_lr(optimizer, lr)
+            optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm
 
@@ -380,20 +391,6 @@ def evaluate(model: Decoder, data: HeldOutData, runtime: Runtime, layout: Layout
             batch = batch.to(runtime.device)
             total += model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
     return sum_over_ranks(total, layout.sums).item() / data.num_trained
-
-
-def describe_identity(config: Config, model: dict[str, Any], train_data: TrainData | StreamData | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What must be the same for a run to go on, and the part of it that a seed checkpoint must share: name → value or digest."""
-    path = config.checkpoint.initial_load_path
-    origin = {
-        "model": {name: value for name, value in model.items() if name not in ("dtype", "torch_dtype")},
-        "checkpoint.initial_load_path": os.path.abspath(path) if path else "",
-    }
-    order = {**train_data.fingerprint, "validation.fraction": config.validation.fraction} if train_data else {}
-    section = {**asdict(config.lora), "target_modules": list(config.lora.target_modules)}
-    section["adapter_path"] = os.path.abspath(config.lora.adapter_path) if config.lora.adapter_path else ""
-    adapters = {f"lora.{name}": value for name, value in section.items() if name != "save_adapter_weights_only"} if config.lora.enable else {}
-    return origin, {**origin, **order, **adapters, "optimizer.name": config.optimizer.name, "training.dtype": config.training.dtype}
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ NEEDS = (
     Need(("checkpoint.keep_best",), "validation.enable", (False,)),
     Need(("training.max_nonfinite_steps",), "training.on_nonfinite", ("stop",)),
     Need(keys_of("validation", "validation.enable"), "validation.enable", (False,)),
+    Need(keys_of("profiling", "profiling.enable_profiling"), "profiling.enable_profiling", (False,)),
     Need(("validation.max_new_tokens",), "validation.prompts", ((),)),
     Need(("optimizer.beta1", "optimizer.beta2", "optimizer.eps"), "optimizer.name", ("SGD",)),
     Need(("optimizer.momentum",), "optimizer.name", ("AdamW", "AdamW8bit")),

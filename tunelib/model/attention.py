@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunelib.model.cache import KeyValues
 from tunelib.model.config import ModelConfig
 from tunelib.model.form import PLAIN, AttentionForm, attend_to_seen
 from tunelib.model.norm import build_norm
@@ -50,8 +51,8 @@ class Segments:
 
 
 # What tells documents apart: their lengths, row after row (CPU), FlexAttention's block masks by window (CUDA), or, of rows that are cut over
-# processes, segments.
-Documents = tuple[int, ...] | Segments | dict[int, Any]
+# processes, segments; or what was read before, of a text that goes on.
+Documents = tuple[int, ...] | Segments | KeyValues | dict[int, Any]
 
 
 class Attention(nn.Module):
@@ -94,17 +95,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, form: Attentio
     """Causal attention of q (B, S, H, D) to k, v (B, S, K, D) inside each document, → (B, S, H, D)."""
     if isinstance(documents, tuple):
         return attend_per_document(q, k, v, documents, form)
+    if isinstance(documents, KeyValues):
+        return documents.attend(q, k, v, form)
     if isinstance(documents, Segments):
         return attend_segments(q, k, v, documents, form)
     return attend_flex(q, k, v, documents[form.window], form)
 
 
-def plan_documents(document_lengths: tuple[int, ...] | Segments, x: Tensor, head_dim: int, windows: tuple[int, ...] = ()) -> Documents:
+def plan_documents(document_lengths: tuple[int, ...] | Segments | KeyValues, x: Tensor, head_dim: int, windows: tuple[int, ...] = ()) -> Documents:
     """What `attend` needs to keep the documents of x (B, S, hidden) apart; made once per micro-batch, shared by all layers.
 
     FlexAttention's kernels know neither float64 nor heads below 16; one document by itself, as in generation, needs no mask.
     """
-    if isinstance(document_lengths, Segments):
+    if isinstance(document_lengths, Segments | KeyValues):
         return document_lengths
     has_kernel = x.is_cuda and x.dtype != torch.float64 and head_dim >= 16
     if not has_kernel or len(document_lengths) == 1:

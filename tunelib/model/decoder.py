@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunelib.model.attention import Attention, Documents, Segments, attend, plan_documents
+from tunelib.model.cache import KeyValues
 from tunelib.model.config import ModelConfig
 from tunelib.model.form import form_of
 from tunelib.model.loss import capped, summed_loss
@@ -92,7 +93,7 @@ class DecoderBody(nn.Module):
         self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number) for number in range(config.num_hidden_layers)})
         self.norm = build_norm(config, config.hidden_size)
 
-    def forward(self, inputs: Tensor, positions: Tensor, document_lengths: tuple[int, ...] | Segments) -> Tensor:
+    def forward(self, inputs: Tensor, positions: Tensor, document_lengths: tuple[int, ...] | Segments | KeyValues) -> Tensor:
         x = self.embed_tokens(inputs)
         if isinstance(self.embed_tokens, nn.Embedding):
             x = scaled(self.config, x)

@@ -43,12 +43,12 @@ def attend_to_seen(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, form: A
     """Attention of q (B, H, n, D) to those of the keys and values k, v (B, K, T, D) that are seen, → (B, H, n, D).
 
     Args:
-        seen: (n, T) or (B, 1, n, T), True where a query sees a key, the window included; None: T = n, and a query sees what is not later, which takes
-            a form that is plain for so many tokens.
+        seen: (n, T) or (B, 1, n, T), True where a query sees a key, the window included. None, for a form that is plain for T tokens: the only query
+            sees all of them, or, where T = n, each what is not later.
     """
     group = q.shape[1] // k.shape[1]
     if not form.softcap:
-        return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=form.scale, enable_gqa=group > 1)
+        return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None and q.shape[2] > 1, scale=form.scale, enable_gqa=group > 1)
     assert seen is not None
     k, v = (tensor.repeat_interleave(group, 1) for tensor in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if form.scale is None else form.scale)
