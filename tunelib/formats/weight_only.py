@@ -1,7 +1,7 @@
 """Weights of linear layers in eight or four bits, through torchao: made from a whole model, written once, read back.
 
-The written folder is as transformers writes it: a config.json with a quantization_config, and the parts of each tensor in a safetensors file. The head
-and the embedding stay as they are.
+The written folder is as transformers writes it: a config.json with a quantization_config, and the parts of each tensor in a safetensors file.
+The head and the embedding stay as they are.
 """
 
 import contextlib
@@ -121,8 +121,9 @@ def read_quantized(folder: Path) -> tuple[Decoder, dict[str, Any]]:
             raise FormatError(f"{folder / SAFETENSORS} cannot be read as torchao's: {error}") from None
     model = build_on_meta(config, next(iter(tensor.dtype for tensor in found.values()), torch.float32))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    problems = [f"{name} is missing" for name in shapes if name not in found] + [f"{name} is not part of the model" for name in [*found, *left]]
-    problems = [problem for problem in problems if not (config.tie_word_embeddings and problem.startswith("lm_head.weight is not"))]
+    known = {*shapes, "lm_head.weight"} if config.tie_word_embeddings else {*shapes}
+    problems = [f"{name} is missing" for name in shapes if name not in found]
+    problems += [f"{name} is not part of the model" for name in [*found, *left] if name not in known]
     problems += [
         f"{name} has shape {list(found[name].shape)} instead of {list(shape)}"
         for name, shape in shapes.items()

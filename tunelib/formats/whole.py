@@ -60,7 +60,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a model and its tokenizer from a Hugging Face, Meta or DCP folder, or a file of torch.save.
 
-    Weights go tensor by tensor from the files into the model. An adapter is merged into them on the way. What scripts/quantize.py wrote is a form too.
+    Weights go tensor by tensor from the files into the model. An adapter is merged into them on the way. What scripts/quantize.py wrote is a form
+    too.
 
     Args:
         path: the checkpoint; or an adapter folder alone, which names its base.

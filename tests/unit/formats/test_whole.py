@@ -45,6 +45,7 @@ def test_words_come_along(folder: Path) -> None:
     assert load_model(folder, tokenizer_path=DEBUG_TOKENIZER).tokenizer is not None
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_an_adapter_is_merged_and_finds_its_base(folder: Path, tmp_path: Path, use_dora: bool) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

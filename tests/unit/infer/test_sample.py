@@ -29,9 +29,9 @@ def test_top_k_keeps_the_most_probable_and_their_proportions() -> None:
     torch.testing.assert_close(draw(Sampling(1.0, top_k=3)), expected, rtol=0, atol=0.015)
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.01, [0]), (0.5, [0, 1]), (0.75, [0, 1, 4]), (1.0, [0, 1, 2, 3, 4])])
+@pytest.mark.parametrize(("top_p", "kept"), [(0.01, [0]), (0.6, [0, 1]), (0.75, [0, 1, 4]), (1.0, [0, 1, 2, 3, 4])])
 def test_top_p_keeps_what_first_reaches_it(top_p: float, kept: list[int]) -> None:
-    """The shares are 0.48, 0.18, 0.11, 0.02, 0.16."""
+    """The shares are 0.51, 0.19, 0.11, 0.03, 0.17."""
     assert restrict(LOGITS, Sampling(1.0, top_p=top_p))[0].isfinite().nonzero().flatten().tolist() == sorted(kept)
 
 

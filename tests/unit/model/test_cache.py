@@ -27,7 +27,7 @@ def test_padded_rows_are_as_if_alone_and_may_be_dropped() -> None:
     model = tiny_model()
     texts = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17]]
     alone = [model(torch.tensor([text]), torch.arange(len(text))[None], (len(text),))[0, -1] for text in texts]
-    cache = KeyValues(torch.tensor([0, 4, 2]), 2)
+    cache = KeyValues(torch.tensor([0, 5, 3]), 2)
     padded = torch.tensor([[0] * (6 - len(text[:-1])) + text[:-1] for text in texts])
     read(model, cache, padded)
     cache.keep_rows(torch.tensor([2, 1]))
