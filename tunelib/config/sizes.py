@@ -4,7 +4,7 @@ Sources: the ``config.json`` of meta-llama/*, HuggingFaceTB/SmolLM2-* and TinyLl
 Hugging Face Hub. Every size is complete but for ``head_dim``, which is hidden_size / num_attention_heads in all of them.
 """
 
-ARCHITECTURES = (
+ARCHITECTURES: tuple[str, ...] = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "Qwen2ForCausalLM",

@@ -148,11 +148,11 @@ class _NormOfHeads(ParallelStyle):
         return distribute_module(module, device_mesh, split, _gather_heads, _split_heads)
 
 
-def _gather_heads(_norm: nn.Module, inputs: Any, mesh: DeviceMesh) -> Tensor:
+def _gather_heads(_norm: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
     return DTensor.from_local(inputs[0], mesh, [Shard(2)], run_check=False).redistribute(placements=[Replicate()])
 
 
-def _split_heads(_norm: nn.Module, outputs: DTensor, _mesh: DeviceMesh) -> Tensor:
+def _split_heads(_norm: nn.Module, outputs: DTensor, _mesh: DeviceMesh) -> Any:
     return outputs.redistribute(placements=[Shard(2)]).to_local()
 
 
