@@ -72,3 +72,17 @@ def test_two_processes_train_every_family_as_one(one: Path, tmp_path: Path, layo
         assert found.samples() == expected.samples()
         for name, weight in expected.weights().items():
             assert (found.weights()[name] - weight).norm() <= FLOAT32_ROUNDING * weight.norm(), (case, name)  # as they leave, in the base's type
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("layout", ["one", "tensor"])
+def test_compiled_layers_of_every_family_train_as_plain_ones(one: Path, tmp_path: Path, layout: str) -> None:
+    """Each in two whole graphs: what breaks one is an error."""
+    words = ["--compile.enable", *LAYOUTS.get(layout, [])]
+    cases = [[*words_of(one, case, tmp_path / case), *words] for case in FIRST_CASES]
+    run_processes(cases, 2 if layout == "tensor" else 1, timeout=1400, warnings="default")
+    for case in FIRST_CASES:
+        expected, found = Run(one / "runs" / case), Run(tmp_path / case)
+        for name in ("loss", "grad_norm", "validation_loss"):
+            assert found.series(name) == pytest.approx(expected.series(name), rel=FLOAT64_RELATIVE), (case, name)
