@@ -91,7 +91,7 @@ def make_hf(
         fields |= {"rope_parameters": {"rope_theta": 500_000.0, **LLAMA_31}, "max_position_embeddings": 131_072}
     if tokenizer is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        fields |= _copy_tokenizer(tokenizer, folder)
+        fields |= copy_tokenizer(tokenizer, folder)
     with torch.random.fork_rng():
         model = LlamaForCausalLM(LlamaConfig(**(fields | more)))
     with torch.no_grad():
@@ -161,7 +161,8 @@ def _fields_of(state: State, head_dim: int) -> dict[str, Any]:
     }
 
 
-def _copy_tokenizer(tokenizer: Path, folder: Path) -> dict[str, Any]:
+def copy_tokenizer(tokenizer: Path, folder: Path) -> dict[str, Any]:
+    """Copy the files of a tokenizer; the fields of a config.json that follow from it."""
     from tokenizers import Tokenizer
 
     for name in TOKENIZER_FILES:

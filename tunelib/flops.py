@@ -10,9 +10,11 @@ from tunelib.model.config import ModelConfig
 
 
 def layer_matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """(in, out) of each linear layer of a decoder layer: q, k, v, o, gate, up, down."""
+    """(in, out) of each linear layer of a decoder layer: q, k, v, o, gate, up, down; or q, k and v as one, and gate and up."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    if config.fused_projections:
+        return [(hidden, q_size + 2 * kv_size), (q_size, hidden), (hidden, 2 * inner), (inner, hidden)]
     return [(hidden, q_size), (hidden, kv_size), (hidden, kv_size), (q_size, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
 
 
@@ -28,7 +30,9 @@ def step_flops(config: ModelConfig, document_lengths: Sequence[int], num_trained
     passes = 2 if lora_rank else 3  # forward, gradients of inputs, and of weights
     linear = sum(2 * num_tokens * inputs * outputs for inputs, outputs in matrices) * passes
     adapters = sum(2 * num_tokens * lora_rank * (inputs + outputs) for inputs, outputs in matrices) * 3
-    # Queries with keys and probabilities with values, of which causality leaves half; in the backward pass each has two gradients.
-    attention = sum(2 * length**2 * config.num_attention_heads * config.head_dim for length in document_lengths) * 3
+    # Queries with keys and probabilities with values, of which causality leaves half, and a window less; in the backward pass each has two gradients.
+    windows = config.windows or (0,) * config.num_hidden_layers
+    seen = sum(length**2 - max(0, length - (window or length)) ** 2 for window in windows for length in document_lengths)
+    attention = 2 * seen * config.num_attention_heads * config.head_dim * 3
     head = 2 * num_trained * config.hidden_size * config.vocab_size * passes
-    return (linear + adapters + attention) * config.num_hidden_layers + head
+    return (linear + adapters) * config.num_hidden_layers + attention + head

@@ -1,5 +1,7 @@
 """What a step needs is what torch counts of the plain model, less what nobody needs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,3 +38,14 @@ def test_documents_attend_to_themselves_alone_and_the_head_is_needed_where_token
     square = 2 * config.num_attention_heads * config.head_dim * 3 * config.num_hidden_layers
     assert step_flops(config, [8], 4) - step_flops(config, [5, 3], 4) == square * (64 - 25 - 9)
     assert step_flops(config, [8], 4) - step_flops(config, [8], 3) == 2 * config.hidden_size * config.vocab_size * 3
+
+
+def test_windows_and_fused_projections_are_counted() -> None:
+    plain = tiny_model().config
+    square = 2 * plain.num_attention_heads * plain.head_dim * 3
+    in_windows = replace(plain, windows=(0, 3))
+    assert step_flops(plain, [8], 4) - step_flops(in_windows, [8], 4) == square * (8 - 3) ** 2
+    assert step_flops(in_windows, [3], 3) == step_flops(plain, [3], 3)
+    fused = replace(plain, fused_projections=True)
+    assert step_flops(fused, [8], 4) == step_flops(plain, [8], 4)
+    assert step_flops(fused, [8], 4, lora_rank=2) < step_flops(plain, [8], 4, lora_rank=2)  # fewer matrices A

@@ -4,7 +4,15 @@ Sources: the ``config.json`` of meta-llama/*, HuggingFaceTB/SmolLM2-* and TinyLl
 Hugging Face Hub. Every size is complete but for ``head_dim``, which is hidden_size / num_attention_heads in all of them.
 """
 
-ARCHITECTURES = ("LlamaForCausalLM",)
+ARCHITECTURES: tuple[str, ...] = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Phi3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Olmo2ForCausalLM",
+)
 """What ``architectures`` in a config.json may name."""
 
 

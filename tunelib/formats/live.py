@@ -25,7 +25,7 @@ class LiveWeights:
     def __init__(self, model: Decoder):
         self._model = model
         self.names = list(expected_shapes(model.config))
-        self._tied_to = family_of(model.config).EMBEDDING
+        self._tied_to = family_of(model.config).embedding
         self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.own = [name for name in self.names if name in self._parameters or model.config.tie_word_embeddings]
         self._merged: tuple[str, Tensor] = ("", torch.empty(0))

@@ -82,7 +82,7 @@ def merge_stored(base: StoredModel, adapter: StoredAdapter) -> Merged:
         return merge(weight, tensors[module + LORA_A].read(), tensors[module + LORA_B].read(), adapter.scaling, magnitude)
 
     def read(name: str, where: Where) -> Tensor | None:
-        name = family.EMBEDDING if is_tied and name == family.HEAD else name
+        name = family.embedding if is_tied and name == family.head else name
         if name in tensors:
             return tensors[name].read(where)
         module = name.removesuffix(".weight")

@@ -83,13 +83,15 @@ def join_parts(path: Path, name: str, holding: list[tuple[str, Stored]], wanted_
 def with_head(weights: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, TensorInfo]:
     """The weights with a head: in Meta's names there always is one, where embeddings are tied too."""
     family = family_of(config)
-    return {**weights, family.HEAD: weights.get(family.HEAD) or replace(weights[family.EMBEDDING], name=family.HEAD)}
+    return {**weights, family.head: weights.get(family.head) or replace(weights[family.embedding], name=family.head)}
 
 
 def to_meta(entry: Entry, config: ModelConfig) -> Entry:
     """The same weight with Meta's name, its rotary rows in pairs."""
     family = family_of(config)
     name = family.to_meta_name(entry.source)
+    if family.meta is None:
+        raise FormatError(f"Meta's form has no names for {config.architecture}; take hf, torch, or dcp with Hugging Face's names")
     if name is None:
         raise FormatError(f"{entry.source} has no name in Meta's form")
     return replace(entry, info=replace(entry.info, name=name), head_dim=family.rotary_head_dim(entry.source, config))
@@ -105,7 +107,8 @@ def plan_meta(weights: Mapping[str, TensorInfo], config: ModelConfig, count: int
     files: dict[str, list[Entry]] = {f"consolidated.{number:02d}.pth": [] for number in range(count)}
     for name, info in with_head(weights, config).items():
         entry = to_meta(Entry(info, name), config)
-        dim, unit = family.meta_split(name, config)
+        assert family.meta is not None, "or the weight had no name"
+        dim, unit = family.meta.split(name, config)
         if dim is not None and info.shape[dim] % (count * unit):
             what = f"{info.shape[dim] // unit} heads" if unit > 1 else f"size {info.shape[dim]}"
             raise FormatError(f"--model_parallel {count}: {entry.info.name} has {what} along dimension {dim}, which do not divide by {count}")

@@ -94,9 +94,9 @@ def plan_adapter(model: Decoder, section: Lora, base: str, fingerprint: str, cha
     own = {name: TensorInfo(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained = over_stages(model, own)
     stored = {name: name for name in trained}
-    is_tied = model.config.tie_word_embeddings and family.EMBEDDING in trained
+    is_tied = model.config.tie_word_embeddings and family.embedding in trained
     if is_tied:
-        stored[family.HEAD] = family.EMBEDDING
+        stored[family.head] = family.embedding
     entries = [Entry(replace(trained[of], name=PREFIX + name), of) for name, of in stored.items()]
     targets = sorted({name.removesuffix(LORA_A).rpartition(".")[2] for name in trained if name.endswith(LORA_A)})
     whole = [name.removesuffix(".weight").rpartition(".")[2] for name in trained if not name.endswith(MARKS)]
@@ -218,8 +218,8 @@ def tied_tensors(adapter: StoredAdapter, config: ModelConfig) -> dict[str, Regio
         FormatError: it trains head and embedding apart, or one alone, where the model has one weight for both.
     """
     family, tensors = family_of(config), dict(adapter.tensors)
-    if config.tie_word_embeddings and adapter.whole & {family.HEAD, family.EMBEDDING}:
-        head, embedding = tensors.pop(family.HEAD, None), tensors.get(family.EMBEDDING)
+    if config.tie_word_embeddings and adapter.whole & {family.head, family.embedding}:
+        head, embedding = tensors.pop(family.head, None), tensors.get(family.embedding)
         parts = list(blocks_of(head.shape)) if head is not None else []
         if head is None or embedding is None or head.shape != embedding.shape or not all(same_bits(head.read(p), embedding.read(p)) for p in parts):
             raise FormatError(f"{adapter.folder} trains head and embedding apart, which are one weight in this model")

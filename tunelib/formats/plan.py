@@ -106,7 +106,7 @@ def form_like(form: Form, weights: Mapping[str, TensorInfo], config: ModelConfig
     family = family_of(config)
 
     def fit(entry: Entry) -> Entry:
-        info = weights.get(entry.source) or (weights[family.EMBEDDING] if entry.source == family.HEAD else None)
+        info = weights.get(entry.source) or (weights[family.embedding] if entry.source == family.head else None)
         if info is None:
             raise FormatError(f"{entry.info.name}, which the checkpoint to be like holds, is not part of this model")
         if not entry.where:
@@ -132,7 +132,7 @@ def check_form(form: Form, weights: Mapping[str, TensorInfo], config: ModelConfi
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise FormatError(f"{target}: {twice} would lie in {file} twice")
         for entry in entries:
-            weight = weights.get(entry.source) or weights[family.EMBEDDING]
+            weight = weights.get(entry.source) or weights[family.embedding]
             assert entry.info.shape == shape_of(entry.where, weight.shape), f"{entry} of {weight}"
             parts.setdefault(entry.source, set()).add(tuple(bounds_of(entry.where, weight.shape)))
             if form.kind != "meta" and (home := homes.setdefault(entry.info.name, file)) != file:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from tunelib.formats.tensors import Piece, StoredTensor, TensorInfo, Where, bloc
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import build_on_meta
 from tunelib.model.families import family_of, parse_config
+from tunelib.model.families.family import Family
 from tunelib.parallel.reduce import deal
 
 # What training checkpoints hold beside the model, by the first part of the name.
@@ -59,7 +59,7 @@ class StoredModel:
 
     def find(self, name: str) -> StoredTensor:
         """Where a weight lies; a tied head is the embedding."""
-        return self.tensors[name if name in self.tensors else family_of(self.config).EMBEDDING]
+        return self.tensors[name if name in self.tensors else family_of(self.config).embedding]
 
     @cached_property
     def weights(self) -> dict[str, TensorInfo]:
@@ -108,7 +108,7 @@ def open_checkpoint(path: Path, fields: dict[str, Any] | None = None) -> StoredM
         if found.chunks:
             pieces = found.chunks[stored_name]
         elif kind == "meta" and len(found.partition) > 1:
-            shape_of_tied = expected[family.EMBEDDING] if name == family.HEAD else None
+            shape_of_tied = expected[family.embedding] if name == family.head else None
             pieces = join_parts(path, stored_name, [*holding.items()], expected.get(name, shape_of_tied), head_dim)
         else:
             pieces = [Piece(stored, (0,) * len(stored.shape)) for stored in holding.values()]
@@ -147,13 +147,13 @@ def check_model(stored: StoredModel) -> None:
     """
     expected = expected_shapes(stored.config)
     family, found = family_of(stored.config), dict(stored.tensors)
-    if stored.config.tie_word_embeddings and family.HEAD in found and family.EMBEDDING in found:
-        head, embedding = found[family.HEAD], found[family.EMBEDDING]
+    if stored.config.tie_word_embeddings and family.head in found and family.embedding in found:
+        head, embedding = found[family.head], found[family.embedding]
         blocks = deal(list(blocks_of(head.info.shape)))
         is_same = (head.info.dtype, head.info.shape) == (embedding.info.dtype, embedding.info.shape)
         if not (is_same and all(same_bits(head.read(part), embedding.read(part)) for part in blocks)):
-            raise FormatError(f"{stored.path}: {stored.says} says tie_word_embeddings, but {family.HEAD} differs from {family.EMBEDDING}")
-        del found[family.HEAD]
+            raise FormatError(f"{stored.path}: {stored.says} says tie_word_embeddings, but {family.head} differs from {family.embedding}")
+        del found[family.head]
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not part of the model" for name in found if name not in expected]
     types = {name: tensor.info.dtype for name, tensor in found.items() if tensor.info.dtype not in DTYPES.values()}
@@ -205,19 +205,21 @@ def _find_fields(kind: str, folder: Path, given: dict[str, Any] | None, found: F
     )
 
 
-def _find_naming(names: Iterable[str], family: ModuleType, path: Path) -> tuple[str, bool]:
+def _find_naming(names: Iterable[str], family: Family, path: Path) -> tuple[str, bool]:
     """What stands before every weight's name, and whether the names are Meta's; told by the embedding, which every model has."""
+    meta_name = family.to_meta_name(family.embedding)
     for name in sorted(names, key=len):
-        if f".{name}".endswith(f".{family.EMBEDDING}"):
-            return name.removesuffix(family.EMBEDDING), False
-        if f".{name}".endswith(f".{family.to_meta_name(family.EMBEDDING)}"):
-            return name.removesuffix(family.to_meta_name(family.EMBEDDING)), True
+        if f".{name}".endswith(f".{family.embedding}"):
+            return name.removesuffix(family.embedding), False
+        if meta_name and f".{name}".endswith(f".{meta_name}"):
+            return name.removesuffix(meta_name), True
     if any(".lora_" in name for name in names):
         raise FormatError(f"{path} holds adapters and no model; adapters are started from with lora.adapter_path, which takes a PEFT folder")
-    raise FormatError(f"{path} holds neither {family.EMBEDDING} nor {family.to_meta_name(family.EMBEDDING)}: its names are not known")
+    known = f"neither {family.embedding} nor {meta_name}" if meta_name else f"no {family.embedding}"
+    raise FormatError(f"{path} holds {known}: its names are not known")
 
 
-def _translate(names: Iterable[str], prefix: str, is_meta: bool, family: ModuleType, path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+def _translate(names: Iterable[str], prefix: str, is_meta: bool, family: Family, path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     """Stored name → Hugging Face name; and what is known to be no weight. A name that is not known stays as it is.
 
     Raises:
@@ -229,7 +231,7 @@ def _translate(names: Iterable[str], prefix: str, is_meta: bool, family: ModuleT
         inner = stored.removeprefix(prefix)
         if not stored.startswith(prefix):
             beside.append(stored)
-        elif inner.split(".")[0] in TRAINING_STATE or any(f".{inner}".endswith(f".{ending}") for ending in family.DERIVED):
+        elif inner.split(".")[0] in TRAINING_STATE or any(f".{inner}".endswith(f".{ending}") for ending in family.derived):
             skipped.append(stored)
         else:
             weights[stored] = (family.to_hf_name(inner) or inner) if is_meta else inner

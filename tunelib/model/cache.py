@@ -4,8 +4,9 @@ B rows, n new positions, T positions read so far with the new ones, H heads, K k
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from tunelib.model.form import PLAIN, AttentionForm, attend_to_seen
 
 
 class KeyValues:
@@ -39,15 +40,15 @@ class KeyValues:
         self._is_padded = bool((self.begins > 0).any())
         self._layers = [held and (held[0][rows], held[1][rows]) for held in self._layers]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm = PLAIN) -> Tensor:
         """Causal attention of new q (B, n, H, D) to all that was read and the new k, v (B, n, K, D), → (B, n, H, D)."""
         num_new = q.shape[1]
         keys, values = self._store(k, v)  # (B, T, K, D)
-        mask = self._mask(num_new, keys.shape[1]) if self._is_padded or 1 < num_new < keys.shape[1] else None
+        num_keys = keys.shape[1]
+        needs_mask = self._is_padded or 1 < num_new < num_keys or not form.is_plain_for(num_keys)
+        mask = self._mask(num_new, num_keys, form.window) if needs_mask else None
         heads_first = (tensor.transpose(1, 2) for tensor in (q, keys, values))
-        has_groups = q.shape[2] != k.shape[2]
-        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None and num_new > 1, enable_gqa=has_groups)
-        return out.transpose(1, 2)
+        return attend_to_seen(*heads_first, seen=mask, form=form).transpose(1, 2)
 
     def _store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of the layer whose turn it is; where there is no room for more, room is doubled."""
@@ -67,9 +68,11 @@ class KeyValues:
             self.length = end
         return held[0][:, :end], held[1][:, :end]
 
-    def _mask(self, num_new: int, num_keys: int) -> Tensor:
+    def _mask(self, num_new: int, num_keys: int, window: int) -> Tensor:
         """(B, 1, n, T): True where a key counts. Padding attends to itself, so that it has no softmax over nothing."""
         keys = torch.arange(num_keys, device=self.begins.device)
         queries = keys[num_keys - num_new :, None]  # (n, 1)
         counts = (keys <= queries) & (keys >= self.begins[:, None, None])  # (B, n, T)
+        if window:
+            counts &= keys > queries - window
         return (counts | (keys == queries))[:, None]

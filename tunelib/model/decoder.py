@@ -4,6 +4,7 @@ B batch, S sequence, V vocabulary.
 """
 
 import copy
+import functools
 import hashlib
 from collections.abc import Callable, Collection
 from typing import Protocol
@@ -15,60 +16,71 @@ from torch import Tensor, nn
 from tunelib.model.attention import Attention, Documents, Segments, attend, plan_documents
 from tunelib.model.cache import KeyValues
 from tunelib.model.config import ModelConfig
-from tunelib.model.loss import summed_loss
+from tunelib.model.form import form_of
+from tunelib.model.loss import capped, summed_loss
+from tunelib.model.norm import build_norm
 from tunelib.model.rope import rope_tables
 
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight, the division in float32 or better (Zhang and Sennrich 2019)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * F.rms_norm(precise, (x.shape[-1],), eps=self.eps).to(x.dtype)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
+    """SwiGLU: down(silu(gate(x)) · up(x)); or GEGLU, with gelu (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.activation, self.is_fused = ACTIVATIONS[config.hidden_act], config.fused_projections
+        if self.is_fused:
+            self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        else:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+            self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.is_fused:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+            return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each after a norm and added to the residual stream.
+    """Attention and feed-forward, each with norms where the family has them, and added to the residual stream.
 
     What is before and after `attend` is a method each: pieces that a compiler can take whole.
+
+    Args:
+        number: of the layer in its model.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, number: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norms, self.form = config.norms, form_of(config, number)
+        self._add_norm(self.norms.before_attention, config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._add_norm(self.norms.after_attention, config)
+        self._add_norm(self.norms.before_mlp, config)
         self.mlp = FeedForward(config)
+        self._add_norm(self.norms.after_mlp, config)
+
+    def _add_norm(self, name: str, config: ModelConfig) -> None:
+        if name:
+            self.add_module(name, build_norm(config, config.hidden_size))
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
-        return self.finish(x, attend(*self.begin(x, rope), documents))
+        return self.finish(x, attend(*self.begin(x, rope), documents, self.form))
 
     def begin(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, hidden) → q (B, S, H, D), k and v (B, S, K, D)."""
-        return self.self_attn(self.input_layernorm(x), rope)
+        return self.self_attn(self._normed(self.norms.before_attention, x), rope)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """(B, S, hidden) and (B, S, H, D) → (B, S, hidden)."""
-        x = x + self.self_attn.o_proj(attended.flatten(-2))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self._normed(self.norms.after_attention, self.self_attn.o_proj(attended.flatten(-2)))
+        return x + self._normed(self.norms.after_mlp, self.mlp(self._normed(self.norms.before_mlp, x)))
+
+    def _normed(self, name: str, x: Tensor) -> Tensor:
+        return getattr(self, name)(x) if name else x
 
 
 class DecoderBody(nn.Module):
@@ -78,16 +90,23 @@ class DecoderBody(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict({str(number): DecoderLayer(config) for number in range(config.num_hidden_layers)})
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number) for number in range(config.num_hidden_layers)})
+        self.norm = build_norm(config, config.hidden_size)
 
     def forward(self, inputs: Tensor, positions: Tensor, document_lengths: tuple[int, ...] | Segments | KeyValues) -> Tensor:
         x = self.embed_tokens(inputs)
+        if isinstance(self.embed_tokens, nn.Embedding):
+            x = scaled(self.config, x)
         rope = rope_tables(self.config, positions, x.dtype)
-        documents = plan_documents(document_lengths, x, self.config.head_dim)
+        documents = plan_documents(document_lengths, x, self.config.head_dim, self.config.windows)
         for layer in self.layers.values():
             x = layer(x, rope, documents)
         return self.norm(x)
+
+
+def scaled(config: ModelConfig, embedded: Tensor) -> Tensor:
+    """Embeddings as the first layer takes them: times the family's scale, which is rounded to their type as transformers does."""
+    return embedded if config.embedding_scale == 1 else embedded * torch.tensor(config.embedding_scale, dtype=embedded.dtype)
 
 
 class HeadShare(Protocol):
@@ -172,8 +191,9 @@ class Decoder(nn.Module):
         if labels is not None:
             if self.head_share is not None:
                 return self.head_share.loss(hidden, labels, self.lm_head)
-            return summed_loss(hidden, labels, self.lm_head.weight)
-        return self.lm_head(hidden) if self.head_share is None else self.head_share.logits(hidden, self.lm_head)[:, :width]
+            return summed_loss(hidden, labels, self.lm_head.weight, softcap=self.config.final_softcap)
+        logits = self.lm_head(hidden) if self.head_share is None else self.head_share.logits(hidden, self.lm_head)[:, :width]
+        return capped(logits, self.config.final_softcap)
 
 
 def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Decoder:
@@ -185,11 +205,11 @@ def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Decoder:
 def draw_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> Tensor:
     """A fresh parameter as the full float32 tensor on the CPU: a pure function of (seed, name), the same on every layout (law 2).
 
-    Norms are ones and biases zeros; matrices are normal with ``initializer_range``, those that write into the residual stream
+    Norms multiply with one and biases are zeros; matrices are normal with ``initializer_range``, those that write into the residual stream
     divided by sqrt(2 · layers) (GPT-2, section 2.3).
     """
     if name.endswith("norm.weight"):
-        return torch.ones(shape)
+        return torch.full(shape, 1.0 - config.norm_offset)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     std = config.initializer_range

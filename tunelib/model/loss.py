@@ -22,7 +22,7 @@ class VocabularyShare(Protocol):
     def combine(self, logsumexp: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]: ...  # of all parts together; (t, 1) each
 
 
-def summed_loss(hidden: Tensor, labels: Tensor, head: Tensor, share: VocabularyShare | None = None) -> Tensor:
+def summed_loss(hidden: Tensor, labels: Tensor, head: Tensor, share: VocabularyShare | None = None, softcap: float = 0.0) -> Tensor:
     """Cross-entropy in nats, summed over the trained tokens of a micro-batch, in float32 or better; 0 where there is none.
 
     The head is computed at trained positions only, and its logits are never all there.
@@ -32,9 +32,15 @@ def summed_loss(hidden: Tensor, labels: Tensor, head: Tensor, share: VocabularyS
         labels: (B, S), IGNORED where a token is not trained.
         head: (V, hidden), or this process's rows of it.
         share: where other processes have other rows; the gradient of ``hidden`` is then a part of a sum over them.
+        softcap: see `capped`.
     """
     trained = labels != IGNORED
-    return _HeadLoss.apply(hidden[trained], head, labels[trained], share, torch.is_grad_enabled())
+    return _HeadLoss.apply(hidden[trained], head, labels[trained], share, softcap, torch.is_grad_enabled())
+
+
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """Logits between -softcap and softcap, by cap · tanh(x / cap) (Gemma 2, section 2); 0: as they are."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -45,7 +51,9 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, share: VocabularyShare | None, with_gradients: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, share: VocabularyShare | None, softcap: float, with_gradients: bool
+    ) -> Tensor:
         """hidden (T, hidden), head (V, hidden), labels (T) → the sum of their losses."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=precise, device=hidden.device)
@@ -54,7 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         of_head = None
         for begin in range(0, len(labels), POSITIONS_AT_ONCE):
             at_once = slice(begin, begin + POSITIONS_AT_ONCE)
-            summed, of_logits = _loss_of_logits((hidden[at_once] @ head.T).to(precise), labels[at_once, None], share)
+            summed, of_logits = _loss_of_logits((hidden[at_once] @ head.T).to(precise), labels[at_once, None], share, softcap)
             loss += summed
             of_logits = of_logits.to(hidden.dtype)
             if of_hidden is not None:
@@ -69,8 +77,8 @@ class _HeadLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        # In place, since a second matrix of the head's size costs its memory and, where the system has to find it, ten times the product; once, since a
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        # In place, since a second matrix of the head's size takes memory and, where the system has to find it, ten times as long; and once, since a
         # pipeline's schedule may come twice, for inputs and later for weights.
         of_hidden, of_head = ctx.saved_tensors
         if not ctx.is_scaled:
@@ -79,14 +87,19 @@ class _HeadLoss(torch.autograd.Function):
                     with torch.autograd._unsafe_preserve_version_counter(gradient):
                         gradient.mul_(scale.to(gradient.dtype))
         ctx.is_scaled = True
-        return of_hidden, of_head, None, None, None
+        return of_hidden, of_head, None, None, None, None
 
 
-def _loss_of_logits(logits: Tensor, labels: Tensor, share: VocabularyShare | None) -> tuple[Tensor, Tensor]:
+def _loss_of_logits(logits: Tensor, labels: Tensor, share: VocabularyShare | None, softcap: float) -> tuple[Tensor, Tensor]:
     """The summed cross-entropy of logits (t, V) with labels (t, 1), and its gradient, in the logits' memory."""
     labels = labels - (share.first if share else 0)
     is_here = (labels >= 0) & (labels < logits.shape[1])
     labels = torch.where(is_here, labels, 0)
+    slopes = None
+    if softcap:
+        bent = logits.div_(softcap).tanh_()
+        slopes = 1 - bent.square()
+        logits = bent.mul_(softcap)
     chosen = torch.where(is_here, logits.gather(1, labels), 0)
     largest, where = logits.max(1, keepdim=True)
     shares = torch.ops.aten._softmax.out(logits, 1, False, out=logits)  # the largest of which is 1 / the sum of powers
@@ -94,7 +107,8 @@ def _loss_of_logits(logits: Tensor, labels: Tensor, share: VocabularyShare | Non
     if share is not None:
         total, chosen = share.combine(own, chosen)
         shares *= (own - total).exp()
-    return (total - chosen).sum(), shares.scatter_add_(1, labels, -is_here.to(shares.dtype))
+    of_logits = shares.scatter_add_(1, labels, -is_here.to(shares.dtype))
+    return (total - chosen).sum(), of_logits if slopes is None else of_logits.mul_(slopes)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

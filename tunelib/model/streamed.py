@@ -10,8 +10,11 @@ from torch import Tensor
 
 from tunelib.model.attention import plan_documents
 from tunelib.model.config import ModelConfig
-from tunelib.model.decoder import DecoderLayer, RMSNorm
+from tunelib.model.decoder import DecoderLayer, scaled
 from tunelib.model.families import family_of
+from tunelib.model.form import form_of
+from tunelib.model.loss import capped
+from tunelib.model.norm import build_norm
 from tunelib.model.rope import rope_tables
 
 BLOCK_ELEMENTS = 1 << 24
@@ -26,22 +29,23 @@ def streamed_logits(config: ModelConfig, read: Callable[[str, tuple[slice, ...]]
     """
     family, ids = family_of(config), torch.tensor(tokens)
     x = torch.empty(len(tokens), config.hidden_size)
-    for first, rows in _read_blocks(config, read, family.EMBEDDING):
+    for first, rows in _read_blocks(config, read, family.embedding):
         here = (ids >= first) & (ids < first + len(rows))
         x[here] = rows[ids[here] - first]
-    x = x[None]  # (1, S, hidden)
+    x = scaled(config, x)[None]  # (1, S, hidden)
     rope = rope_tables(config, torch.arange(len(tokens))[None], x.dtype)
-    documents = plan_documents((len(tokens),), x, config.head_dim)
-    layer = DecoderLayer(config)
+    documents = plan_documents((len(tokens),), x, config.head_dim, config.windows)
+    layer = DecoderLayer(config, 0)
     for number in range(config.num_hidden_layers):
+        layer.form = form_of(config, number)
         for name, parameter in layer.named_parameters():
             parameter.copy_(read(f"model.layers.{number}.{name}", ()))
         x = layer(x, rope, documents)
-    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    norm = build_norm(config, config.hidden_size)
     norm.weight.copy_(read("model.norm.weight", ()))
     x = norm(x)[0]
-    head = family.EMBEDDING if config.tie_word_embeddings else family.HEAD
-    return torch.cat([x @ rows.T for _, rows in _read_blocks(config, read, head)], dim=1)
+    head = family.embedding if config.tie_word_embeddings else family.head
+    return capped(torch.cat([x @ rows.T for _, rows in _read_blocks(config, read, head)], dim=1), config.final_softcap)
 
 
 def _read_blocks(config: ModelConfig, read: Callable[[str, tuple[slice, ...]], Tensor], name: str) -> Iterator[tuple[int, Tensor]]:

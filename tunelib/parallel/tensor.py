@@ -4,15 +4,17 @@ Queries, keys, values, gate and up are split by rows of their weights, what foll
 stream are split along the sequence (Korthikanti et al. 2022), embedding and head by the vocabulary, whose logits are never gathered.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -27,11 +29,11 @@ from tunelib.batch import IGNORED, pad_documents
 from tunelib.config.schema import Lora
 from tunelib.errors import ConfigError
 from tunelib.model.config import ModelConfig
-from tunelib.model.decoder import Decoder
+from tunelib.model.decoder import Decoder, DecoderLayer
 from tunelib.model.loss import summed_loss
 
-BY_ROWS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-BY_COLUMNS = ("self_attn.o_proj", "mlp.down_proj")
+BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+BY_COLUMNS = ("o_proj", "down_proj")
 
 
 def check_split(config: ModelConfig, lora: Lora, degree: int) -> None:
@@ -55,18 +57,8 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Split a model on the meta device in place; its parameters become parts on ``mesh``, with one axis."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for layer in model.model.layers.values():
-        plan: dict[str, ParallelStyle] = {
-            "input_layernorm": SequenceParallel(use_local_output=True),
-            "self_attn": PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
-            "post_attention_layernorm": SequenceParallel(use_local_output=True),
-            "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-        }
-        for name in BY_ROWS:
-            plan[name] = _AdaptedByRows() if isinstance(layer.get_submodule(name), AdaptedLinear) else ColwiseParallel()
-        for name in BY_COLUMNS:
-            is_adapted = isinstance(layer.get_submodule(name), AdaptedLinear)
-            plan[name] = _AdaptedByColumns(output_layouts=Shard(1)) if is_adapted else RowwiseParallel(output_layouts=Shard(1))
-        parallelize_module(layer, mesh, plan)
+        assert isinstance(layer, DecoderLayer)
+        parallelize_module(layer, mesh, _plan_layer(layer, model.config, mesh))
     outer: dict[str, ParallelStyle] = {}
     if model.is_first:
         outer["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
@@ -77,7 +69,31 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     model.tie_weights()  # which the split has undone, as it has what is frozen
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained[name])
-    model.head_share = HeadShare(mesh)
+    model.head_share = HeadShare(mesh, model.config.final_softcap)
+
+
+def _plan_layer(layer: DecoderLayer, config: ModelConfig, mesh: DeviceMesh) -> dict[str, ParallelStyle]:
+    """How each part of a layer is split, whatever of them its family has."""
+    plan: dict[str, ParallelStyle] = {
+        "self_attn": PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
+        "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        **{name: SequenceParallel(use_local_output=True) for name in layer.norms.names},
+    }
+    sections = {
+        "qkv_proj": [heads * config.head_dim for heads in layer.self_attn.heads],
+        "gate_up_proj": [config.intermediate_size, config.intermediate_size],
+    }
+    for path, module in layer.named_modules():
+        name, is_adapted = path.rpartition(".")[2], isinstance(module, AdaptedLinear)
+        if name in BY_ROWS:
+            plan[path] = _AdaptedByRows() if is_adapted else ColwiseParallel()
+        elif name in BY_COLUMNS:
+            plan[path] = _AdaptedByColumns(output_layouts=Shard(1)) if is_adapted else RowwiseParallel(output_layouts=Shard(1))
+        elif name in sections:
+            plan[path] = _FusedByRows(sections[name], mesh)
+        elif name in ("q_norm", "k_norm"):
+            plan[path] = SequenceParallel(sequence_dim=2, use_local_output=True) if config.qk_norm == "head" else _NormOfHeads()  # heads are cut
+    return plan
 
 
 def overlap_products(mesh: DeviceMesh) -> None:
@@ -102,6 +118,44 @@ class _AdaptedByRows(ColwiseParallel):
         _distribute(module, device_mesh, lambda key: Replicate() if name == "lora_A" else Shard(0))
 
 
+class _FusedByRows(_AdaptedByRows):
+    """Several matrices in one, with or without an adapter: each process has a part of its rows, and goes on with its part of what each has given.
+
+    What it gives up: rows are cut without regard for where a matrix ends, so that outputs are gathered before each process takes its own.
+
+    Args:
+        sections: rows of each matrix.
+    """
+
+    def __init__(self, sections: list[int], mesh: DeviceMesh):
+        super().__init__()
+        self._prepare_output_fn = functools.partial(_take_own, sections, mesh.get_local_rank(), mesh.size())  # type: ignore[method-assign]
+
+
+def _take_own(sections: list[int], rank: int, count: int, _layouts: Any, _is_local: Any, _module: nn.Module, outputs: DTensor, _mesh: Any) -> Tensor:
+    """(B, S, all rows) by rows → (B, S, own rows of each section)."""
+    whole = outputs.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return torch.cat([part.chunk(count, dim=-1)[rank] for part in whole.split(sections, dim=-1)], dim=-1)
+
+
+class _NormOfHeads(ParallelStyle):
+    """A norm over all heads of a token, of which each process has some: it is taken of the whole, and each goes on with its part."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def split(_name: str, norm: nn.Module, mesh: DeviceMesh) -> None:
+            _distribute(norm, mesh, lambda key: Shard(0))
+
+        return distribute_module(module, device_mesh, split, _gather_heads, _split_heads)
+
+
+def _gather_heads(_norm: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+    return DTensor.from_local(inputs[0], mesh, [Shard(2)], run_check=False).redistribute(placements=[Replicate()])
+
+
+def _split_heads(_norm: nn.Module, outputs: DTensor, _mesh: DeviceMesh) -> Any:
+    return outputs.redistribute(placements=[Shard(2)]).to_local()
+
+
 class _AdaptedByColumns(RowwiseParallel):
     """A layer with an adapter, split as its frozen weight is: A by columns, B and DoRA's lengths whole."""
 
@@ -120,9 +174,11 @@ class HeadShare:
 
     Attributes:
         mesh: the processes that share it.
+        softcap: of the logits that the loss is taken of.
     """
 
     mesh: DeviceMesh
+    softcap: float = 0.0
 
     def pad(
         self, tokens: Tensor, positions: Tensor, labels: Tensor | None, lengths: tuple[int, ...]
@@ -140,10 +196,10 @@ class HeadShare:
         assert isinstance(head.weight, DTensor)
         rows = head.weight.to_local()  # (V / n, hidden)
         part = _VocabularyPart(self.mesh.get_local_rank() * len(rows), self.mesh.get_group())
-        return summed_loss(_whole(hidden).to_local(grad_placements=[Partial()]), labels, rows, part)
+        return summed_loss(_whole(hidden).to_local(grad_placements=[Partial()]), labels, rows, part, self.softcap)
 
     def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
-        """(B, S, V), whole on every process."""
+        """(B, S, V) before they are capped, whole on every process."""
         return head(_whole(hidden).to_local()).full_tensor()
 
 

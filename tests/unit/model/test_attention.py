@@ -7,7 +7,19 @@ import torch
 import torch.nn.functional as F
 from unit.samples import tiny_model
 
-from tunelib.model.attention import FASTER_IN_BLOCKS, attend_flex, attend_per_document, build_block_mask, document_attention, plan_documents
+from tunelib.model import attention
+from tunelib.model.attention import (
+    FASTER_IN_BLOCKS,
+    Segment,
+    Segments,
+    attend,
+    attend_flex,
+    attend_per_document,
+    build_block_mask,
+    document_attention,
+    plan_documents,
+)
+from tunelib.model.form import PLAIN, AttentionForm
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 1, 10, 3, 13)  # two rows of 16: the documents of a row end with it
@@ -20,15 +32,18 @@ def random_qkv(kv_heads: int = 2, dtype: torch.dtype = torch.float32) -> tuple[t
     return q, k, v
 
 
-def attend_by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-    """softmax(q·k / √D) v with a mask over all tokens laid end to end."""
+def attend_by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], form: AttentionForm = PLAIN) -> torch.Tensor:
+    """softmax(cap(q·k · scale)) v with a mask over all tokens laid end to end."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    mask = (document[:, None] == document) & torch.ones(len(document), len(document)).tril().bool()
-    repeat = q.shape[2] // k.shape[2]
+    place = torch.arange(len(document))
+    back = place[:, None] - place
+    mask = (document[:, None] == document) & (back >= 0) & (back < (form.window or len(document)))
+    repeat, rows = q.shape[2] // k.shape[2], q.shape[:2]
     q, k, v = (tensor.flatten(0, 1).transpose(0, 1) for tensor in (q, k, v))  # (H, B·S, D)
     k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
-    scores = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
-    return (F.softmax(scores, dim=-1) @ v).transpose(0, 1).unflatten(0, (2, 16))
+    scores = q @ k.transpose(1, 2) * (form.scale or q.shape[-1] ** -0.5)
+    scores = form.softcap * torch.tanh(scores / form.softcap) if form.softcap else scores
+    return (F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1) @ v).transpose(0, 1).unflatten(0, rows)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -126,3 +141,79 @@ def test_token_does_not_see_what_follows_it() -> None:
         before, after = (model(of, torch.arange(8)[None], (8,)) for of in (tokens, changed))
     torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=1e-12)
     assert (before[:, 5:] - after[:, 5:]).abs().max() > 1e-3
+
+
+FORMS = {
+    "scaled": AttentionForm(0.2),
+    "capped": AttentionForm(0.5, 1.5),
+    "window": AttentionForm(None, 0.0, 7),
+    "capped in a window": AttentionForm(0.5, 1.5, 7),
+    "window of one": AttentionForm(None, 1.5, 1),
+    "window as long as the longest document": AttentionForm(None, 0.0, 61),
+}
+LONG = (61, 3, 1, 15, 60, 7, 13)  # two rows of 80
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("at_once", [2 * 16 * 61, 400_000], ids=["several blocks", "one block"])
+def test_capped_and_windowed_attention_is_the_formula_with_its_gradients(monkeypatch: pytest.MonkeyPatch, form: AttentionForm, at_once: int) -> None:
+    """On one process, and in rows that are cut over two: documents longer than the window, and shorter."""
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", at_once)
+    assert sum(LONG) == 160
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 80, heads, 8, generator=generator, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
+    weights = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    expected = attend_by_formula(q, k, v, LONG, form)
+    of_expected = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    found = attend(q, k, v, LONG, form)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), (q, k, v)), of_expected, rtol=0, atol=1e-11)
+    begins = [sum(LONG[:number]) for number in range(len(LONG))]
+    cuts = [  # both halves of each document, a half at a time: one that begins where the document does, and one that looks back
+        Segments(
+            tuple(
+                Segment(begin, first, last)
+                for begin, length in zip(begins, LONG, strict=True)
+                for first, last in (((0, length // 2), (length // 2, length))[half],)
+                if first < last
+            ),
+            lambda part: part,
+        )
+        for half in (0, 1)
+    ]
+    total = torch.zeros((), dtype=torch.float64)
+    for cut in cuts:
+        places = torch.cat([torch.arange(run.document + run.first, run.document + run.last) for run in cut.runs])
+        own = attention.attend_segments(q.flatten(0, 1)[places][None], k, v, cut, form)[0]
+        torch.testing.assert_close(own, expected.flatten(0, 1)[places], rtol=0, atol=1e-12)
+        total = total + (own * weights.flatten(0, 1)[places]).sum()
+    torch.testing.assert_close(torch.autograd.grad(total, (q, k, v)), of_expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_capped_and_windowed_attention_in_bfloat16_is_that_of_float32_rounded(form: AttentionForm) -> None:
+    q, k, v = (tensor.bfloat16() for tensor in random_qkv())
+    found = attend_per_document(q, k, v, LENGTHS, form)
+    assert found.dtype == torch.bfloat16
+    expected = attend_by_formula(q.float(), k.float(), v.float(), LENGTHS, form)
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.03)  # scores are float32, shares and values are rounded
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("form", [FORMS["capped"], AttentionForm(0.5, 1.5, 4), AttentionForm(None, 0.0, 4)], ids=str)
+def test_flex_attention_caps_and_has_windows(form: AttentionForm) -> None:
+    q, k, v = random_qkv()
+    with torch.no_grad():
+        flex = attend_flex(q, k, v, build_block_mask(LENGTHS, 2, CPU, form.window), form)
+    torch.testing.assert_close(flex, attend_by_formula(q, k, v, LENGTHS, form), rtol=0, atol=1e-5)
+
+
+def test_document_that_the_window_holds_takes_the_fast_path() -> None:
+    q, k, v = (torch.randn(1, 20, heads, 8) for heads in (4, 2, 2))
+
+    def calls_of(window: int) -> int:
+        with torch.profiler.profile() as seen:
+            attend_per_document(q, k, v, (12, 8), AttentionForm(None, 0.0, window))
+        return sum(event.name == "aten::_scaled_dot_product_flash_attention_for_cpu" for event in seen.events() or ())
+
+    assert [calls_of(window) for window in (0, 12, 11, 7)] == [2, 2, 1, 0]

@@ -55,3 +55,18 @@ def test_room_grows() -> None:
     cache = KeyValues(torch.zeros(1, dtype=torch.long), 2)
     found = torch.cat([read(model, cache, piece) for piece in tokens.split(37, dim=1)], dim=1)
     torch.testing.assert_close(found, model(tokens, torch.arange(200)[None], (200,)), rtol=1e-10, atol=1e-10)
+
+
+GEMMA_2 = {"head_dim": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 4}
+
+
+@pytest.mark.parametrize("pieces", [(9,), (1,) * 9, (4, 1, 1, 3)])
+def test_caps_and_windows_hold_for_what_is_remembered(pieces: tuple[int, ...]) -> None:
+    """Rows longer than the window, one of them padded, all at once and piece by piece."""
+    model = tiny_model(architectures=["Gemma2ForCausalLM"], hidden_act="gelu_pytorch_tanh", **GEMMA_2)
+    tokens = torch.randint(48, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = [model(row[begin:][None], torch.arange(9 - begin)[None], (9 - begin,))[0] for row, begin in zip(tokens, (0, 3), strict=True)]
+    cache = KeyValues(torch.tensor([0, 3]), 2)
+    found = torch.cat([read(model, cache, piece) for piece in tokens.split(pieces, dim=1)], dim=1)
+    for row, begin in enumerate((0, 3)):
+        torch.testing.assert_close(found[row, begin:], expected[row], rtol=1e-10, atol=1e-10)

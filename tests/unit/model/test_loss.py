@@ -8,7 +8,7 @@ from unit.samples import tiny_model
 
 from tunelib.batch import IGNORED
 from tunelib.model import loss as loss_room
-from tunelib.model.loss import summed_loss
+from tunelib.model.loss import capped, summed_loss
 
 
 def make_case() -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:
@@ -82,3 +82,45 @@ def test_model_with_labels_gives_the_loss_of_its_logits() -> None:
     logits = model(tokens, positions, lengths)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     torch.testing.assert_close(model(tokens, positions, lengths, labels=labels), expected)
+
+
+class HalfOfTwo:
+    """A process that has the first or the second half of a vocabulary, and is told of the other."""
+
+    def __init__(self, first: int, others: tuple[torch.Tensor, torch.Tensor]):
+        self.first, self._others = first, others
+
+    def combine(self, logsumexp: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.logaddexp(logsumexp, self._others[0]), chosen + self._others[1]
+
+
+@pytest.mark.parametrize("at_once", [3, 1024])
+def test_capped_logits_have_the_loss_and_the_gradients_of_the_formula(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """The whole vocabulary, and each half of it by itself."""
+    monkeypatch.setattr(loss_room, "POSITIONS_AT_ONCE", at_once)
+    hidden, labels, head = make_case()
+    hidden.requires_grad_()
+    logits = capped(head(hidden), 0.8)
+    assert logits.abs().max() > 0.6  # where the cap bends much
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    of_expected = torch.autograd.grad(expected, (hidden, head.weight))
+    found = summed_loss(hidden, labels, head.weight, softcap=0.8)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, (hidden, head.weight)), of_expected)
+    if at_once < 1024:
+        return  # what is told of the other half is of all positions
+    trained = labels != IGNORED
+    halves: tuple[torch.Tensor, list[torch.Tensor]] = torch.zeros_like(hidden), []
+    for first in (0, 5):
+        other = logits.detach()[trained][:, 5 - first : 10 - first]
+        ids = labels[trained][:, None] - (5 - first)
+        is_there = (ids >= 0) & (ids < 5)
+        chosen = torch.where(is_there, other.gather(1, ids.clamp(0, 4)), 0)
+        share = HalfOfTwo(first, (other.logsumexp(1, keepdim=True), chosen))
+        rows = head.weight.detach()[first : first + 5].requires_grad_()
+        loss = summed_loss(hidden, labels, rows, share, softcap=0.8)
+        torch.testing.assert_close(loss, expected)
+        of_hidden, of_rows = torch.autograd.grad(loss, (hidden, rows))
+        halves[0].add_(of_hidden)
+        halves[1].append(of_rows)
+    torch.testing.assert_close((halves[0], torch.cat(halves[1])), of_expected)

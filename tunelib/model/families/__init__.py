@@ -1,13 +1,21 @@
 """The model families: a file each, found by the ``architectures`` entry of a config.json."""
 
-from types import ModuleType
 from typing import Any
 
 from tunelib.errors import FormatError
 from tunelib.model.config import ModelConfig
-from tunelib.model.families import llama
+from tunelib.model.families import gemma2, llama, mistral, olmo2, phi3, qwen2, qwen3
+from tunelib.model.families.family import Family
 
-FAMILIES: dict[str, ModuleType] = {"LlamaForCausalLM": llama}
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": llama.FAMILY,
+    "MistralForCausalLM": mistral.FAMILY,
+    "Qwen2ForCausalLM": qwen2.FAMILY,
+    "Qwen3ForCausalLM": qwen3.FAMILY,
+    "Phi3ForCausalLM": phi3.FAMILY,
+    "Gemma2ForCausalLM": gemma2.FAMILY,
+    "Olmo2ForCausalLM": olmo2.FAMILY,
+}
 
 
 def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
@@ -26,8 +34,8 @@ def parse_config(fields: dict[str, Any], where: str) -> ModelConfig:
     return FAMILIES[architectures[0]].parse_config(fields, where)
 
 
-def family_of(config: ModelConfig) -> ModuleType:
-    """The module of a model's family, with its tables of names."""
+def family_of(config: ModelConfig) -> Family:
+    """A model's family, with its tables of names."""
     return FAMILIES[config.architecture]
 
 
