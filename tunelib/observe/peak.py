@@ -1,5 +1,6 @@
 """What the machine could do at best: a published figure for GPUs that have one, else a short matrix product of the run's own type."""
 
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -31,13 +32,22 @@ class Peak:
     source: str
 
 
-def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """Of all processes that compute in ``dtype``; takes about 0.2 s where it is measured. Every rank must call it."""
+def find_peak(device: torch.device, dtype: torch.dtype) -> Peak | None:
+    """Of all processes that compute in ``dtype``; takes about 0.2 s where it is measured. Every rank must call it.
+
+    Returns:
+        None where a GPU has no room for a product.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     published = published_flops(name) if dtype in (torch.bfloat16, torch.float16) else None
-    size = 8192 if device.type == "cuda" else 1024
-    own = published or measure_flops(device, dtype, size)
+    size = 4096 if device.type == "cuda" else 1024
+    try:
+        own = published or measure_flops(device, dtype, size)
+    except torch.OutOfMemoryError:  # the run is over, and wants its summary
+        own = math.nan
     total = sum_over_ranks(torch.tensor(own, dtype=torch.float64, device=device)).item()
+    if math.isnan(total):
+        return None
     short = str(dtype).removeprefix("torch.")
     return Peak(total, f"published for {name}" if published else f"measured by {short} products of {size:,} × {size:,}")
 

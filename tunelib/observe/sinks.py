@@ -4,9 +4,11 @@ metrics.jsonl holds the truth. After a start, and after rows were taken back (a 
 stand; so it never holds a step twice, nor one that the run has left. What a sink cannot take is told once; the run goes on.
 """
 
+import configparser
 import contextlib
 import importlib.util
 import io
+import netrc
 import os
 import queue
 import threading
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tunelib.config.load import read_written
 from tunelib.config.schema import Metrics
@@ -23,9 +26,12 @@ from tunelib.observe.metrics import METRICS_FILE, PatientFile, RowWriter, Sink
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for Weights & Biases."""
-EVENTS_FILE = "events.out.tfevents.{seconds:010d}.tunelib.{number}"
+EVENTS_FILE = "events.out.tfevents.{seconds:010d}.tunelib.{number:06d}"
 """TensorBoard looks for the first three words, and reads files in the order of their names."""
+EVENTS_FILES = "events.out.tfevents.*.tunelib.*"
 RUN_ID_FILE = "run_id.txt"
+WANDB_SERVER = "https://api.wandb.ai"
+"""Where W&B's client goes if nobody says otherwise."""
 MODES = {"online": "online", "offline": "offline", "dryrun": "offline"}
 """What $WANDB_MODE may say → the mode. "dryrun" is its older word."""
 
@@ -70,6 +76,24 @@ def resolve_wandb_mode(section: Metrics) -> str:
     return MODES[said]
 
 
+def _is_logged_in() -> bool:
+    """Whether W&B's client would find a key by itself: in the environment, in ~/.netrc, or in its own settings file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    own = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(configparser.Error, UnicodeDecodeError):  # the client takes such a file for none, too
+        own.read(Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings")
+    if own.get("default", "api_key", fallback=""):
+        return True
+    server = os.environ.get("WANDB_BASE_URL") or own.get("default", "base_url", fallback=WANDB_SERVER)
+    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for path in (Path(file).expanduser() for file in files):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):  # here, too
+            if (found := netrc.netrc(path).authenticators(urlsplit(server).netloc)) and found[2]:
+                return True
+    return False
+
+
 def _is_installed(package: str) -> bool:
     """A folder of that name in the current directory, such as a run's own, is none."""
     spec = importlib.util.find_spec(package)
@@ -95,8 +119,8 @@ class TensorBoard:
 
     def begin(self, rows: list[dict[str, Any]]) -> None:
         """A new file, then the old ones go; a TensorBoard that is looking on forgets what it has read of them."""
-        old = sorted(self._folder.glob(EVENTS_FILE.format(seconds=0, number="*").replace("0" * 10, "*")))
-        number = max((int(path.suffix[1:]) for path in old if path.suffix[1:].isdigit()), default=0) + 1
+        old = sorted(self._folder.glob(EVENTS_FILES))
+        number = int(old[-1].suffix[1:]) + 1 if old else 1
         forget = self._event(step=0, session_log=self._log(status=self._log.START))
         content = _record(self._event(file_version="brain.Event:2")) + _record(forget) + b"".join(map(self._encode, rows))
         path = self._folder / EVENTS_FILE.format(seconds=int(time.time()), number=number)

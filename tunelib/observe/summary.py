@@ -123,7 +123,7 @@ class Summary:
 
     def lines(self, end: End) -> list[str]:
         """The summary, with where each output lies and what to type next."""
-        outputs = end.outputs
+        outputs, watched = end.outputs, self._config.metrics
         loss = f"; training loss {np.mean(self._losses):.4f} (mean of the last {len(self._losses)} steps)" if self._losses else ""
         first, last = (f"{loss:.4f}" for loss in (self._validations[0], self._validations[-1])) if self._validations else ("", "")
         validation = f"; validation loss {first} → {last}" if len(self._validations) > 1 else f"; validation loss {last}" if last else ""
@@ -135,6 +135,8 @@ class Summary:
             f"speed      {rate}{end.tokens_seen:,} tokens in all; {end.seconds:.1f} s in this process{age}; peak memory {end.memory_gib:.2f} GiB",
             *([f"machine    {self._describe_share(end.peak)}"] if end.peak else []),
             f"written    {outputs.folder / METRICS_FILE}",
+            *([f"           {outputs.folder / watched.save_tb_folder}: for TensorBoard"] if watched.enable_tensorboard else []),
+            *([f"           {outputs.folder / 'wandb'}: for Weights & Biases"] if watched.enable_wandb else []),
             *([f"           {outputs.checkpoint}"] if outputs.checkpoint else []),
             *([f"           {outputs.folder / 'adapter'}: {outputs.adapter}"] if outputs.adapter else []),
             *([f"           {outputs.folder / 'export'}: {outputs.export}"] if outputs.export else []),
