@@ -147,7 +147,8 @@ def find_epoch_fault(checked: Checked) -> Iterator[str]:
 
 def find_folder_fault(checked: Checked) -> Iterator[str]:
     """The step folders and TensorBoard's have folders of their own, inside the run folder, which is what is locked."""
-    taken, named = TAKEN_NAMES, [("checkpoint.folder", "checkpoint")]
+    taken: tuple[str, ...] = TAKEN_NAMES
+    named = [("checkpoint.folder", "checkpoint")]
     if checked.config.metrics.enable_tensorboard:
         named.append(("metrics.save_tb_folder", "tensorboard"))
     for key, usual in named:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from tunelib.config.load import read_written
@@ -32,7 +32,8 @@ EVENTS_FILES = "events.out.tfevents.*.tunelib.*"
 RUN_ID_FILE = "run_id.txt"
 WANDB_SERVER = "https://api.wandb.ai"
 """Where W&B's client goes if nobody says otherwise."""
-MODES = {"online": "online", "offline": "offline", "dryrun": "offline"}
+Mode = Literal["online", "offline"]
+MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "offline"}
 """What $WANDB_MODE may say → the mode. "dryrun" is its older word."""
 
 
@@ -66,7 +67,7 @@ def check_sinks(section: Metrics, active: bool) -> None:
         raise ConfigError(f"metrics.enable_wandb: nobody has logged in to Weights & Biases on this machine; {ways}")
 
 
-def resolve_wandb_mode(section: Metrics) -> str:
+def resolve_wandb_mode(section: Metrics) -> Mode:
     """ "online" or "offline"; raises ConfigError where $WANDB_MODE says something else."""
     said = os.environ.get("WANDB_MODE") or "online"
     if section.wandb_mode != "auto":
@@ -89,7 +90,7 @@ def _is_logged_in() -> bool:
     files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for path in (Path(file).expanduser() for file in files):
         with contextlib.suppress(OSError, netrc.NetrcParseError):  # here, too
-            if (found := netrc.netrc(path).authenticators(urlsplit(server).netloc)) and found[2]:
+            if (found := netrc.netrc(path).authenticators(str(urlsplit(server).netloc))) and found[2]:
                 return True
     return False
 
@@ -118,7 +119,10 @@ class TensorBoard:
         folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, rows: list[dict[str, Any]]) -> None:
-        """A new file, then the old ones go; a TensorBoard that is looking on forgets what it has read of them."""
+        """A new file, then the old ones are emptied; a TensorBoard that is looking on forgets what it has read of them.
+
+        They go the next time: TensorBoard 2.21 reads on in no folder from which the file has gone that it is reading.
+        """
         old = sorted(self._folder.glob(EVENTS_FILES))
         number = int(old[-1].suffix[1:]) + 1 if old else 1
         forget = self._event(step=0, session_log=self._log(status=self._log.START))
@@ -128,7 +132,7 @@ class TensorBoard:
             self._file.close()
         self._file = PatientFile(path, content, self._say)
         for one in old:
-            one.unlink(missing_ok=True)
+            one.unlink() if one.stat().st_size == 0 else os.truncate(one, 0)
 
     def write(self, row: dict[str, Any]) -> None:
         assert self._file is not None, "begun"

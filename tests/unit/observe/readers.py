@@ -2,6 +2,8 @@
 
 import json
 import math
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,13 +47,11 @@ class WandbRun:
 def read_wandb(folder: Path) -> list[WandbRun]:
     """The runs that W&B wrote offline in a run folder, the oldest first."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     runs = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        store, found = DataStore(), WandbRun()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
+        found = WandbRun()
+        for data in read_log(path):
             record = Record()
             record.ParseFromString(data)
             if record.HasField("run"):
@@ -60,9 +60,23 @@ def read_wandb(folder: Path) -> list[WandbRun]:
             if record.HasField("history"):
                 row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
                 found.rows.append({name: value for name, value in row.items() if not name.startswith("_")})
-        store.close()
         runs.append(found)
     return runs
+
+
+def read_log(path: Path) -> Iterator[bytes]:
+    """The records of LevelDB's log format: blocks of 32 KiB, in them pieces of checksum, length, kind, data; after a header of seven bytes."""
+    content, at, record = path.read_bytes(), 7, b""
+    assert content[:4] == b":W&B"
+    while at + 7 <= len(content):
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left  # a piece's head is never cut
+            continue
+        size, kind = struct.unpack_from("<HB", content, at + 4)
+        record = content[at + 7 : at + 7 + size] if kind in (1, 2) else record + content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield record
 
 
 def write_run(folder: Path, num_rows: int, scale: float = 1.0, **settings: object) -> Path:
