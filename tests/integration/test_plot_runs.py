@@ -20,7 +20,7 @@ def plot(*words: str | Path) -> subprocess.CompletedProcess:
 
 
 def browse(page: Path, folder: Path, width: int, *flags: str) -> tuple[Path, str, list[str]]:
-    """A page in headless Chromium: the screenshot, what it said on the console, and what it asked for besides itself."""
+    """A page in headless Chromium: the screenshot, what it said on the console, and what the page asked for."""
     picture, log = folder / f"{page.stem}-{width}.png", folder / f"{page.stem}-{width}.json"
     quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
     seen = [f"--screenshot={picture}", f"--window-size={width},2400", f"--log-net-log={log}", "--enable-logging=stderr", "--hide-scrollbars"]
@@ -30,9 +30,10 @@ def browse(page: Path, folder: Path, width: int, *flags: str) -> tuple[Path, str
     text = log.read_text()
     kinds = json.loads(text if text.rstrip().endswith("}") else text.rstrip().rstrip(",") + "]}")
     begun = kinds["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
-    asked = [event["params"]["url"] for event in kinds["events"] if event["type"] == begun and "url" in event.get("params", {})]
+    requests = [event["params"] for event in kinds["events"] if event["type"] == begun and "url" in event.get("params", {})]
+    asked = [request["url"] for request in requests if request["initiator"] != "not an origin"]  # which is the browser itself
     said = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    return picture, said, [url for url in asked if url != page.as_uri()]
+    return picture, said, asked
 
 
 def test_script_writes_the_page_beside_the_run_and_a_picture_where_asked(tmp_path: Path) -> None:

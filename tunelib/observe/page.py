@@ -17,6 +17,8 @@ SIDE = 1000
 PLOT_HEIGHT = 210
 """In pixels; page.css says so too."""
 LABEL_HEIGHT = 15
+LABEL_INSIDE = 0.88
+"""A curve that ends before this share of the width has its label there, and not at the edge."""
 NUM_COLOURS = 8
 MAX_DOTS = 60
 MAX_PROMPTS = 12
@@ -62,17 +64,18 @@ def describe(runs: list[RunRecord]) -> str:
 
 
 def show_figures(number: int, run: RunRecord, runs: list[RunRecord]) -> str:
-    """A run's last figures, in a strip."""
+    """A run's last figures, those of its curves, in a strip."""
+    ends = {chart.name: show_number(curve.main[-1][1]) for chart in CHARTS for curve in curves_of(chart, [run])}
     validation = run.series.get("validation_loss", [])
     first = f"<small>from {show_number(validation[0][1])}</small>" if len(validation) > 1 else ""
-    tokens, memory = run.last("tokens"), run.last("memory_gib")
+    tokens = run.series.get("tokens", [])
     figures = [
         ("steps", f"{run.last_step:,}"),
-        ("training loss", show_number(loss) if (loss := run.last("loss")) is not None else ""),
-        ("validation loss", show_number(validation[-1][1]) + first if validation else ""),
-        ("tokens", show_number(tokens) if tokens is not None else ""),
-        ("tokens/s", show_number(rate) if (rate := run.last("tokens_per_second")) is not None else ""),
-        ("peak memory", f"{show_number(memory)} GiB" if memory is not None else ""),
+        ("training loss", ends.get("loss", "")),
+        ("validation loss", ends["validation_loss"] + first if validation else ""),
+        ("tokens", show_number(tokens[-1][1]) if tokens else ""),
+        ("tokens/s", ends.get("tokens_per_second", "")),
+        ("peak memory", f"{ends['memory_gib']} GiB" if "memory_gib" in ends else ""),
     ]
     shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures if value)
     return f'<section class="strip">{name_of(number, runs) if len(runs) > 1 else ""}<dl>{shown}</dl></section>'
@@ -102,7 +105,7 @@ def draw_chart(chart: Chart, curves: list[Curve], steps: Axis, runs: list[RunRec
     return (
         f"<figure><figcaption><b>{chart.title}</b> {', '.join(note for note in notes if note)}</figcaption>"
         f'<div class="plot"><svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" role="img" aria-label="{escape(chart.title + ": " + said)}">'
-        f"{''.join(lines)}</svg>{''.join(marks)}{''.join(end_labels(curves, values))}</div>"
+        f"{''.join(lines)}</svg>{''.join(marks)}{''.join(end_labels(curves, steps, values))}</div>"
         f'<script type="application/json">{embed(data)}</script></figure>'
     )
 
@@ -117,13 +120,16 @@ def height_of(value: float, values: Axis) -> float:
     return SIDE * (1 - values.place(value))
 
 
-def end_labels(curves: list[Curve], values: Axis) -> list[str]:
-    """The last value at each curve's end, moved apart where they would lie on each other."""
-    wanted = sorted(((PLOT_HEIGHT * height_of(curve.main[-1][1], values) / SIDE, curve) for curve in curves), key=lambda pair: pair[0])
-    tops = spread([top for top, _ in wanted])
+def end_labels(curves: list[Curve], steps: Axis, values: Axis) -> list[str]:
+    """The last value at each curve's end; those at the right edge are moved apart where they would lie on each other."""
+    by_height = sorted(curves, key=lambda curve: height_of(curve.main[-1][1], values))
+    tops = {curve.number: PLOT_HEIGHT * height_of(curve.main[-1][1], values) / SIDE for curve in by_height}
+    at_edge = [curve for curve in by_height if steps.place(curve.main[-1][0]) > LABEL_INSIDE]
+    tops |= dict(zip((curve.number for curve in at_edge), spread([tops[curve.number] for curve in at_edge]), strict=True))
     return [
-        f'<span class="end c{curve.number % NUM_COLOURS}" style="top:{top:.0f}px">{show_number(curve.main[-1][1])}</span>'
-        for top, (_, curve) in zip(tops, wanted, strict=True)
+        f'<span class="end c{curve.number % NUM_COLOURS}" style="top:{tops[curve.number]:.0f}px'
+        f'{"" if curve in at_edge else f";left:{steps.place(curve.main[-1][0]):.2%}"}">{show_number(curve.main[-1][1])}</span>'
+        for curve in by_height
     ]
 
 

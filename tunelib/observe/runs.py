@@ -37,11 +37,6 @@ class RunRecord:
         """The newest that any row tells of."""
         return int(max((points[-1][0] for points in self.series.values() if points), default=0))
 
-    def last(self, name: str) -> float | None:
-        """The newest value; None where there is none."""
-        points = self.series.get(name)
-        return points[-1][1] if points else None
-
 
 def load_runs(folders: list[Path]) -> list[RunRecord]:
     """The runs of these folders, in their order.
