@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,33 +47,43 @@ class WandbRun:
 
 def read_wandb(folder: Path) -> list[WandbRun]:
     """The runs that W&B wrote offline in a run folder, the oldest first."""
+    paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    return [read_wandb_run(path) for path in paths]
+
+
+def read_wandb_run(path: Path) -> WandbRun:
+    """A finished run; its file is written by a process of W&B's own, which may take a moment longer than the run."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    runs = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        found = WandbRun()
-        for data in read_log(path):
-            record = Record()
-            record.ParseFromString(data)
-            if record.HasField("run"):
-                found.project, found.name = record.run.project, record.run.display_name
-                found.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            if record.HasField("history"):
-                row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-                found.rows.append({name: value for name, value in row.items() if not name.startswith("_")})
-        runs.append(found)
-    return runs
+    deadline = time.monotonic() + 20
+    while True:
+        records = [Record.FromString(data) for data in read_log(path)]
+        if any(record.HasField("exit") for record in records):
+            break
+        assert time.monotonic() < deadline, f"{path} does not end"
+        time.sleep(0.05)
+    found = WandbRun()
+    for record in records:
+        if record.HasField("run"):
+            found.project, found.name = record.run.project, record.run.display_name
+            found.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        if record.HasField("history"):
+            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            found.rows.append({name: value for name, value in row.items() if not name.startswith("_")})
+    return found
 
 
 def read_log(path: Path) -> Iterator[bytes]:
     """The records of LevelDB's log format: blocks of 32 KiB, in them pieces of checksum, length, kind, data; after a header of seven bytes."""
     content, at, record = path.read_bytes(), 7, b""
-    assert content[:4] == b":W&B"
+    assert content[:4] in (b":W&B", b"")
     while at + 7 <= len(content):
         if (left := 2**15 - at % 2**15) < 7:
             at += left  # a piece's head is never cut
             continue
         size, kind = struct.unpack_from("<HB", content, at + 4)
+        if at + 7 + size > len(content):
+            return  # it is being written
         record = content[at + 7 : at + 7 + size] if kind in (1, 2) else record + content[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # a whole record, or the last piece of one

@@ -101,7 +101,7 @@ def test_labels_do_not_overlap_and_stay_inside_while_there_is_room() -> None:
 
 
 def test_label_of_a_curve_that_ends_early_is_at_its_end(tmp_path: Path) -> None:
-    page = build_page(load_runs([write_run(tmp_path / "long", 100), write_run(tmp_path / "short", 50)]))
+    page = build_page(load_runs([write_run(tmp_path / "long", 96), write_run(tmp_path / "short", 48)]))
     assert len(re.findall(r'<span class="end c1" style="top:\d+px;left:50.00%">', page)) == 6
     assert len(re.findall(r'<span class="end c0" style="top:\d+px">', page)) == 6
 

@@ -121,7 +121,7 @@ def test_other_people_s_event_files_stay(folder: Path) -> None:
 
 def test_wandb_holds_the_settings(folder: Path) -> None:
     write(folder, WANDB, ROWS)
-    assert read_wandb(folder)[0].config == {"training.steps": 6, "optimizer.lr": 0.5}
+    assert read_wandb(folder)[0].config == {"training.steps": 6, "optimizer.lr": 0.5, "_wandb": {}}
 
 
 def test_other_ranks_open_no_sink(folder: Path) -> None:
