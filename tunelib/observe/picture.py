@@ -22,13 +22,13 @@ def draw_picture(runs: list[RunRecord], path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise ConfigError("--png needs the package matplotlib: pip install matplotlib") from None
     charts = [(chart, curves) for chart in CHARTS if (curves := curves_of(chart, runs))]
     num_rows = -(-len(charts) // 2)
-    figure = Figure(figsize=(12, 3.1 * num_rows + 0.6), dpi=110, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12, 3.1 * num_rows + 0.6), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), facecolor="white")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]  # "constrained", given above
     for number, (chart, curves) in enumerate(charts):
         draw_chart(figure.add_subplot(num_rows, 2, number + 1), chart, curves, runs)
     # matplotlib takes $…$ for formulas, and names may hold dollars
