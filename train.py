@@ -43,9 +43,11 @@ from tunelib.infer.generate import answer_prompts, encode_prompts
 from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.observe.console import Console
 from tunelib.observe.memory import peak_memory_gib
-from tunelib.observe.metrics import METRICS_FILE, NONFINITE_FILE, SAMPLES_FILE, RowWriter
+from tunelib.observe.metrics import NONFINITE_FILE, SAMPLES_FILE, RowWriter
 from tunelib.observe.profile import Profiler, mark
-from tunelib.observe.report import Summary, describe_documents, opening_lines
+from tunelib.observe.report import describe_documents, opening_lines
+from tunelib.observe.sinks import check_sinks, open_metrics
+from tunelib.observe.summary import Outputs, Summary, what_is_trained
 from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
 from tunelib.parallel.compile import check_compiled_step, choose_compile
@@ -72,7 +74,6 @@ def main(argv: list[str]) -> None:
         console = Console(active=runtime.is_main)
         started = time.monotonic()
         stop, save_request = closing.enter_context(StopSignal()), folder / SAVE_REQUEST
-
         watchdog = closing.enter_context(Watchdog(config.comm, folder, runtime))
         profiler = closing.enter_context(Profiler(config.profiling, folder, runtime, console.say))
 
@@ -80,11 +81,11 @@ def main(argv: list[str]) -> None:
         layout = build_layout(config.parallelism, runtime)
         # What adapters leave out of their inputs differs from rank to rank, but where ranks split the same products.
         torch.manual_seed((config.training.seed + runtime.rank // config.parallelism.tensor_parallel_degree) % 2**63)
-        micro_batch = resolve_local_batch_size(config.training, config.parallelism, runtime.world_size)
-        share = Share(layout.data_rank, layout.num_data_ranks, micro_batch)
+        share = Share(layout.data_rank, layout.num_data_ranks, resolve_local_batch_size(config.training, config.parallelism, runtime.world_size))
 
         with agreed():
             # Words. Without a tokenizer of its own a model is given the one beside its weights; conversations need a chat template.
+            check_sinks(config.metrics, runtime.is_main)
             check_weights_path(config.checkpoint.initial_load_path)
             tokenizer_folder = find_tokenizer_folder(config.model.tokenizer_path, config.checkpoint.initial_load_path)
             words = None
@@ -201,7 +202,7 @@ def main(argv: list[str]) -> None:
             if runtime.is_main:
                 replace_file(folder / "config.toml", resolved_toml(loaded))
             resumed_step = progress.step if decision.kind in ("resume", "finished") else None
-            metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main, console.say))
+            metrics = closing.enter_context(open_metrics(folder, config.metrics, resumed_step, runtime.is_main, console.say))
             samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main, console.say))
         since = decision.folder if resumed_step is not None and runtime.is_main else None
         if since is not None and (changed := describe_changes(since / "config.toml", folder / "config.toml")):
@@ -212,7 +213,7 @@ def main(argv: list[str]) -> None:
             config, runtime, layout, compiled, stages, trained, num_parameters, data_lines, num_steps, origin_of_weights, export.notes
         ):
             console.say(line)
-        summary = Summary()
+        summary = Summary(config, model.config, what_is_trained(config, num_parameters, trained, num_steps, origin_of_weights))
 
         def validate() -> None:
             with watchdog.watch("a validation"), mark("validation"):
@@ -292,7 +293,7 @@ def main(argv: list[str]) -> None:
             if is_passed_over:
                 metrics.write(row | {"passed_over": True, "tokens": progress.tokens_seen})
             else:
-                summary.add_step(work.num_tokens, time.monotonic() - step_began, loss)
+                summary.add_step(work, time.monotonic() - step_began, loss)
             if isinstance(train_data, StreamData) and step in (first_step, num_steps):
                 console.say("\n".join(train_data.report))
             if not is_passed_over and (step % config.metrics.log_freq == 0 or step == num_steps):
@@ -344,9 +345,8 @@ def main(argv: list[str]) -> None:
             export_line = describe_export(export, proof)
         if progress.passed_over:
             console.say(f"{len(progress.passed_over)} of {step} steps were passed over: {', '.join(map(str, progress.passed_over))}")
-        seconds, memory = time.monotonic() - started, largest_of_ranks(peak_memory_gib(runtime.device), runtime.device)
-        for line in summary.lines(step, progress.tokens_seen, seconds, memory, folder, checkpoint, export_line, adapter_line):
-            console.say(line)
+        outputs = Outputs(folder, checkpoint, export_line, adapter_line)
+        summary.end(step, progress.tokens_seen, time.monotonic() - started, outputs, runtime, console.say)
 
 
 def train_step(

@@ -1000,6 +1000,24 @@ def _(lab: Lab) -> None:
         lab.run("--profiling.enable_profiling", "--profiling.enable_memory_snapshot")
 
 
+@shows("metrics.enable_tensorboard", "metrics.save_tb_folder")
+def _(lab: Lab) -> None:
+    assert not (lab.plain().folder / "tb").exists()
+    run = lab.run("--metrics.enable_tensorboard", "--metrics.save_tb_folder", "events/all")
+    assert len(list((run.folder / "events/all").iterdir())) == 1
+
+
+@shows("metrics.enable_wandb", "metrics.wandb_mode", "metrics.wandb_project", "metrics.wandb_name")
+def _(lab: Lab) -> None:
+    """What is in the rows there is shown in tests/integration/test_watch.py."""
+    from unit.observe.readers import read_wandb
+
+    assert not (lab.plain().folder / "wandb").exists()
+    run = lab.run("--metrics.enable_wandb", "--metrics.wandb_mode", "offline", "--metrics.wandb_project", "village", "--metrics.wandb_name", "tiny")
+    (found,) = read_wandb(run.folder)
+    assert (found.project, found.name) == ("village", "tiny")
+
+
 @shows("validation.enable", "validation.freq", "validation.path")
 def _(lab: Lab) -> None:
     assert lab.plain().series("validation_loss") == []

@@ -56,6 +56,8 @@ NEEDS = (
     Need(keys_of("validation", "validation.enable"), "validation.enable", (False,)),
     Need(keys_of("profiling", "profiling.enable_profiling"), "profiling.enable_profiling", (False,)),
     Need(("validation.max_new_tokens",), "validation.prompts", ((),)),
+    Need(("metrics.save_tb_folder",), "metrics.enable_tensorboard", (False,)),
+    Need(("metrics.wandb_project", "metrics.wandb_name", "metrics.wandb_mode"), "metrics.enable_wandb", (False,)),
     Need(("optimizer.beta1", "optimizer.beta2", "optimizer.eps"), "optimizer.name", ("SGD",)),
     Need(("optimizer.momentum",), "optimizer.name", ("AdamW", "AdamW8bit")),
     Need(("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor"), "lr_scheduler.decay_type", ("constant",)),

@@ -408,6 +408,19 @@ class Metrics:
 
     log_freq: Count = 1
     """Write a row to metrics.jsonl, and a line to the console, every so many steps."""
+    enable_tensorboard: bool = False
+    """Write the rows of metrics.jsonl for TensorBoard too, under the same names (needs the extra "tensorboard")."""
+    save_tb_folder: str = "tb"
+    """Where they go, inside job.dump_folder."""
+    enable_wandb: bool = False
+    """Send the rows of metrics.jsonl to Weights & Biases too, under the same names (needs the extra "wandb")."""
+    wandb_project: str = ""
+    """The project there. Empty: $WANDB_PROJECT, or else "tunelib"."""
+    wandb_name: str = ""
+    """What the run is called there. Empty: $WANDB_NAME, or else the name of the run folder."""
+    wandb_mode: Literal["auto", "online", "offline"] = "auto"
+    """"online" needs a login (`wandb login`, or $WANDB_API_KEY); "offline" writes to the folder wandb inside job.dump_folder, for `wandb sync`
+    later. "auto": $WANDB_MODE, or else "online"."""
 
 
 @dataclass(frozen=True)

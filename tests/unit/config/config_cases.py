@@ -168,8 +168,13 @@ CASES: dict[str, Case] = {
     "older spellings in a file": Case(GOOD.partition("[training]")[0] + TORCHTITAN_FILE),
     "no counterpart on the command line": say("--model.name", "llama3", "--optimizer.implementation=fused"),
     "not built: sections": add("[lora]\nrank = 8\n[float8]\nenable = true\n[activation_checkpoint]\nmode = 'full'\n[profiling]\nprofile_freq = 1"),
-    "not built: keys": add("on_nonfinite = 'skip'\n[metrics]\nenable_wandb = true\nenable_tensorboard = true"),
     "not built: checkpoint keys": add("[checkpoint]\nenable_checkpoint = true\nasync_mode = 'async'\nexclude_from_loading = ['optimizer']"),
+    # watching
+    "keys of a sink that is off": add("[metrics]\nsave_tb_folder = 'events'\nwandb_name = 'x'\nwandb_mode = 'offline'"),
+    "mode of W&B that is none": add("[metrics]\nenable_wandb = true\nwandb_mode = 'disabled'"),
+    "TensorBoard's folder outside of the run's": add("[metrics]\nenable_tensorboard = true\nsave_tb_folder = '../tb'"),
+    "TensorBoard's folder that is taken": add("[metrics]\nenable_tensorboard = true\nsave_tb_folder = 'export'"),
+    "TensorBoard's folder that checkpoints have": add("[checkpoint]\nenable_checkpoint = true\nfolder = 'tb'\n[metrics]\nenable_tensorboard = true"),
     "degrees of older spelling that do not fit": say("--experimental.pipeline_parallel_degree", "3", world_size=2),
     "too few micro-batches": say(*PIPELINE, "--training.local_batch_size", "8", world_size=2),
     "micro-batches that do not go round": say(
