@@ -15,14 +15,14 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from tunelib.adapters import add_adapters
-from tunelib.checkpoint.identity import check_base, check_identity
+from tunelib.checkpoint.identity import check_base, check_identity, describe_identity
 from tunelib.checkpoint.manager import CheckpointManager
 from tunelib.checkpoint.progress import Progress
 from tunelib.checkpoint.state import RunState, model_tensors
@@ -40,6 +40,8 @@ from tunelib.formats.peft import check_adapter, export_adapter, open_adapter, tr
 from tunelib.formats.prove import describe_export, export_model
 from tunelib.formats.source import expected_shapes
 from tunelib.infer.generate import answer_prompts, encode_prompts
+from tunelib.infer.harness import describe_scores, open_exam
+from tunelib.infer.score import build_crew
 from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.observe.console import Console
 from tunelib.observe.memory import peak_memory_gib
@@ -102,7 +104,7 @@ def main(argv: list[str]) -> None:
             trained = trained_shapes(model)
 
             # Data: every document's tokens, and the order, but no batch yet.
-            train_data = held_out = None
+            train_data = held_out = exam = None
             data_lines: list[str] = []
             prompts: list[list[int]] = []
             if not config.checkpoint.create_seed_checkpoint:
@@ -117,6 +119,7 @@ def main(argv: list[str]) -> None:
                 if documents.held_out is not None:
                     held_out = HeldOutData(documents.held_out, training.seq_len, config.dataset.packing, share)
                 prompts = encode_prompts(section.prompts, words.tokenizer, words.template)
+                exam = open_exam(section, words.tokenizer, words.template, weights.config.max_position_embeddings, micro_batch * training.seq_len)
 
             # How the weights will leave: in the form they came in, with the words that were trained on.
             own_template = words.template.source if words and words.template and config.dataset.chat_template else None
@@ -133,7 +136,9 @@ def main(argv: list[str]) -> None:
             train_data.last_step = num_steps
         decision = manager.decide(num_steps)
         console.say(decision.sentence)
-        origin, identity = describe_identity(config, export.fields, train_data)
+        order = {**train_data.fingerprint, "validation.fraction": config.validation.fraction} if train_data else {}
+        others = {"optimizer.name": config.optimizer.name, "training.dtype": config.training.dtype}
+        origin, identity = describe_identity(export.fields, config.checkpoint.initial_load_path, config.lora, order | others)
         check_same(identity, "the model or data")
         with agreed():
             adapter = adapter_tensors = None
@@ -182,7 +187,7 @@ def main(argv: list[str]) -> None:
         # Resume: weights, optimizer, random state; the data's place follows from the step.
         begun = RunState(0, 0, runtime.world_size, runtime.device.type, identity, None, base, compiled.compiled, dict(layout.degrees))
         if decision.state is not None:
-            begun = replace(begun, step=decision.state.step, tokens_seen=decision.state.tokens_seen)
+            begun = replace(begun, step=decision.state.step, tokens_seen=decision.state.tokens_seen, best_step=decision.state.best_step)
         progress = Progress(model, optimizer, train_data, config.training, layout, runtime, begun)
         if decision.resumed is not None and not progress.restore(manager, decision) and config.lora.dropout:
             console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another layout")
@@ -210,14 +215,20 @@ def main(argv: list[str]) -> None:
             console.say(line)
         summary = Summary()
 
+        crew = build_crew(layout, runtime.device, stop, watchdog.renew)
+
         def validate() -> None:
             with watchdog.watch("a validation"):
                 loss = evaluate(model, held_out, runtime, layout, stop) if held_out is not None else None
-            if held_out is not None and loss is not None:
-                progress.validation_loss = loss
+                scores = exam.score(model, crew) if exam is not None and loss is not None else {}
+            if held_out is not None and loss is not None and scores is not None:
+                progress.validated(loss)
                 metrics.write({"step": progress.step, "validation_loss": loss, "tokens": progress.tokens_seen})
                 summary.add_validation(loss)
                 console.say(f"step {progress.step}: validation loss {loss:.4f} on {held_out.num_trained:,} held-out tokens")
+                if scores:
+                    metrics.write({"step": progress.step, **scores})
+                    console.say(f"step {progress.step}: {describe_scores(scores)}")
 
         def show_samples() -> None:
             answers = answer_prompts(model, prompts, words.tokenizer, stop_ids, config.validation.max_new_tokens, runtime.device)
@@ -260,7 +271,7 @@ def main(argv: list[str]) -> None:
 
         # The loop, which ends early, saved, where a signal asks for it.
         console.start_steps(num_steps, progress.step)
-        while progress.step < num_steps:
+        while progress.step < num_steps and not progress.has_lost_patience(config.validation.patience):
             is_stopped, is_asked = any_rank((stop.received, runtime.is_main and save_request.is_file()), runtime.device)
             if is_stopped:
                 break
@@ -296,11 +307,14 @@ def main(argv: list[str]) -> None:
                 console.step(row)
             if config.validation.enable and step % config.validation.freq == 0:
                 validate()
-            if step < num_steps and manager.is_due(step, (train_data.epochs_after(step - 1), train_data.epochs_after(step))):
+            is_due = manager.is_due(step, (train_data.epochs_after(step - 1), train_data.epochs_after(step)))
+            if step < num_steps and (is_due or (config.checkpoint.load_best_at_end and progress.is_best)):
                 save()
         console.end_steps()
-        step = progress.step
-        if step < num_steps:
+        step, ends_early = progress.step, progress.has_lost_patience(config.validation.patience)
+        if ends_early:
+            console.say(progress.describe_early_end())
+        if step < num_steps and not ends_early:
             if not config.checkpoint.enable_checkpoint:
                 raise TunelibError(f"stopped after step {step} by a signal; nothing was saved: checkpoint.enable_checkpoint is false")
             if step == 0:
@@ -315,14 +329,14 @@ def main(argv: list[str]) -> None:
                 raise_stopped()
             show_samples()
         checkpoint = None
-        if config.checkpoint.enable_checkpoint and config.checkpoint.model_weights_only:
-            weights_alone = {name: tensor.to(export.dtypes[name]) for name, tensor in model_tensors(model).items()}
-            state = RunState(step, progress.tokens_seen, runtime.world_size, runtime.device.type, identity)
+        if config.checkpoint.enable_checkpoint:
+            (tensors, state), is_alone = capture(), config.checkpoint.model_weights_only
+            if is_alone:
+                tensors = {name: tensor.to(export.dtypes[name]) for name, tensor in model_tensors(model).items()}
             with watchdog.watch("the last save"):
-                checkpoint = manager.save(weights_alone, state, kind="model")
-        elif config.checkpoint.enable_checkpoint:
-            with watchdog.watch("the last save"):
-                checkpoint = manager.save(*capture())
+                checkpoint = manager.save(tensors, state, kind="model" if is_alone else "full")
+        if config.checkpoint.load_best_at_end:
+            console.say(f"exported   {progress.load_best(manager)}")
         progress.check_finite()
         adapter_line = export_line = ""
         if config.lora.enable:
@@ -380,20 +394,6 @@ def evaluate(model: Decoder, data: HeldOutData, runtime: Runtime, layout: Layout
             batch = batch.to(runtime.device)
             total += model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
     return sum_over_ranks(total, layout.sums).item() / data.num_trained
-
-
-def describe_identity(config: Config, model: dict[str, Any], train_data: TrainData | StreamData | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What must be the same for a run to go on, and the part of it that a seed checkpoint must share: name → value or digest."""
-    path = config.checkpoint.initial_load_path
-    origin = {
-        "model": {name: value for name, value in model.items() if name not in ("dtype", "torch_dtype")},
-        "checkpoint.initial_load_path": os.path.abspath(path) if path else "",
-    }
-    order = {**train_data.fingerprint, "validation.fraction": config.validation.fraction} if train_data else {}
-    section = {**asdict(config.lora), "target_modules": list(config.lora.target_modules)}
-    section["adapter_path"] = os.path.abspath(config.lora.adapter_path) if config.lora.adapter_path else ""
-    adapters = {f"lora.{name}": value for name, value in section.items() if name != "save_adapter_weights_only"} if config.lora.enable else {}
-    return origin, {**origin, **order, **adapters, "optimizer.name": config.optimizer.name, "training.dtype": config.training.dtype}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tunelib.config.schema import Lora
 from tunelib.errors import ConfigError
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder
-from tunelib.model.loss import summed_loss
+from tunelib.model.loss import summed_loss, token_scores
 
 BY_ROWS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 BY_COLUMNS = ("self_attn.o_proj", "mlp.down_proj")
@@ -141,6 +141,10 @@ class HeadShare:
         rows = head.weight.to_local()  # (V / n, hidden)
         part = _VocabularyPart(self.mesh.get_local_rank() * len(rows), self.mesh.get_group())
         return summed_loss(_whole(hidden).to_local(grad_placements=[Partial()]), labels, rows, part)
+
+    def scores(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+        """What `tunelib.model.loss.token_scores` gives, on every process."""
+        return token_scores(_whole(hidden).to_local(), labels, lambda chosen: head(chosen).full_tensor())
 
     def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
         """(B, S, V), whole on every process."""
