@@ -46,6 +46,7 @@ from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.observe.console import Console
 from tunelib.observe.memory import peak_memory_gib
 from tunelib.observe.metrics import METRICS_FILE, NONFINITE_FILE, SAMPLES_FILE, RowWriter
+from tunelib.observe.profile import Profiler, mark
 from tunelib.observe.report import Summary, describe_documents, opening_lines
 from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
@@ -75,6 +76,7 @@ def main(argv: list[str]) -> None:
         stop, save_request = closing.enter_context(StopSignal()), folder / SAVE_REQUEST
 
         watchdog = closing.enter_context(Watchdog(config.comm, folder, runtime))
+        profiler = closing.enter_context(Profiler(config.profiling, folder, runtime, console.say))
 
         # Arrange the machines.
         layout = build_layout(config.parallelism, runtime)
@@ -218,7 +220,7 @@ def main(argv: list[str]) -> None:
         crew = build_crew(layout, runtime.device, stop, watchdog.renew)
 
         def validate() -> None:
-            with watchdog.watch("a validation"):
+            with watchdog.watch("a validation"), mark("validation"):
                 loss = evaluate(model, held_out, runtime, layout, stop) if held_out is not None else None
                 scores = exam.score(model, crew) if exam is not None and loss is not None else {}
             if held_out is not None and loss is not None and scores is not None:
@@ -243,7 +245,7 @@ def main(argv: list[str]) -> None:
             return progress.capture()
 
         def save() -> None:
-            with watchdog.watch("a save"):
+            with watchdog.watch("a save"), mark("saving"):
                 manager.save_and_go_on(*capture())
 
         def raise_stopped() -> NoReturn:
@@ -282,7 +284,9 @@ def main(argv: list[str]) -> None:
                     save_request.unlink(missing_ok=True)
             step_began = time.monotonic()
             step = progress.step + 1
-            work = train_data.step(step)
+            profiler.begin(step)
+            with mark("data"):
+                work = train_data.step(step)
             lr = config.optimizer.lr * lr_factor(config.lr_scheduler, step, num_steps)
             row: dict[str, Any] = {"step": step, "epoch": work.epoch, "lr": lr}
             if step not in progress.passed_over:
@@ -310,6 +314,7 @@ def main(argv: list[str]) -> None:
             is_due = manager.is_due(step, (train_data.epochs_after(step - 1), train_data.epochs_after(step)))
             if step < num_steps and (is_due or (config.checkpoint.load_best_at_end and progress.is_best)):
                 save()
+            profiler.end()
         console.end_steps()
         step, ends_early = progress.step, progress.has_lost_patience(config.validation.patience)
         if ends_early:
@@ -367,19 +372,23 @@ def train_step(
     """
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     if isinstance(model.pipeline, Pipeline):
-        total += model.pipeline.train(work.batches, work.num_trained)  # the same in the order of a schedule
+        with mark("forward and backward"):
+            total += model.pipeline.train(work.batches, work.num_trained)  # the same in the order of a schedule
     else:
         for batch in work.batches:
             batch = batch.to(runtime.device)
-            summed = model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
+            with mark("forward"):
+                summed = model(batch.tokens, batch.positions, batch.document_lengths, labels=batch.labels)
             # The step's trained tokens are known beforehand, over all ranks and micro-batches: sums of gradients need no more scaling.
-            (summed / work.num_trained).backward()
+            with mark("backward"):
+                (summed / work.num_trained).backward()
             total += summed.detach()
     grad_norm = clip_gradients(model.parameters(), max_norm, layout.pipeline).item()
     loss = sum_over_ranks(total, layout.sums).item() / work.num_trained
     if math.isfinite(loss) and math.isfinite(grad_norm):
-        set_lr(optimizer, lr)
-        optimizer.step()
+        with mark("optimizer"):
+            set_lr(optimizer, lr)
+            optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm
 

@@ -29,7 +29,7 @@ def train(request: pytest.FixtureRequest, forks: Any, tmp_path_factory: pytest.T
         words = ("--training.steps", "8", "--training.on_nonfinite", policy, *words, "--job.dump_folder", str(folder / name))
         faulty = {"fault": "spoil_numbers", "what": what, "steps": steps or [FAULTY_STEP], "at_rank": request.param - 1} if what else {}
         ended = forks.run([toml, *words], request.param, **faulty)
-        assert len({each.code for each in ended}) == 1, ended
+        assert len({each.code for each in ended}) == 1, "\n".join(f"ended with {each.code}: {each.said[-3000:]}" for each in ended)
         assert all("Traceback" not in each.said for each in ended), ended
         return Run(folder / name), ended
 

@@ -5,6 +5,7 @@ that a person or another program could see: a file, a number, a message, the sta
 """
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import math
@@ -978,6 +979,25 @@ def _(lab: Lab) -> None:
 @shows("metrics.log_freq")
 def _(lab: Lab) -> None:
     assert [row["step"] for row in lab.run("--metrics.log_freq", "2").rows()] == [2, 3]
+
+
+@shows("profiling.enable_profiling", "profiling.profile_freq", "profiling.save_traces_folder")
+def _(lab: Lab) -> None:
+    run = lab.run("--profiling.enable_profiling", "--profiling.profile_freq", "2", "--profiling.save_traces_folder", "where")
+    assert [path.name for path in (run.folder / "where").iterdir()] == ["step-2"]
+    table = (run.folder / "where/step-2/where_time_went.txt").read_text()
+    assert table.startswith("step 2: ")
+    assert {line.split()[0] for line in table.splitlines()[1:]} == {"data", "forward", "backward", "optimizer", "rest"}
+    assert table.splitlines()[1] in lab.read_output()
+    with gzip.open(run.folder / "where/step-2/rank-0.json.gz") as trace:
+        names = {event.get("name") for event in json.load(trace)["traceEvents"]}
+    assert {"tunelib: forward", "tunelib: backward", "tunelib::document_attention"} <= names
+
+
+@shows("profiling.enable_memory_snapshot")
+def _(lab: Lab) -> None:
+    with pytest.raises(ConfigError, match="snapshots are of a GPU's memory, and there is none here"):
+        lab.run("--profiling.enable_profiling", "--profiling.enable_memory_snapshot")
 
 
 @shows("validation.enable", "validation.freq", "validation.path")

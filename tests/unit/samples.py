@@ -1,11 +1,13 @@
 """Small real things that the unit tests are made with: tokenizers, documents, models."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -98,3 +100,16 @@ def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any
         for name, parameter in model.named_parameters():
             parameter.copy_(draw_weight(config, name, parameter.shape, seed))
     return model
+
+
+def write_model(folder: Path, model: Decoder, tokenizer: Path | None = None) -> Path:
+    """A Hugging Face folder of a model, with a copy of a tokenizer folder's files."""
+    from tunelib.model.families import hf_config
+
+    folder.mkdir(parents=True)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf_config(model.config)))
+    for file in tokenizer.iterdir() if tokenizer else ():
+        shutil.copy(file, folder)
+    return folder

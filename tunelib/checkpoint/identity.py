@@ -1,11 +1,34 @@
 """What must be the same for a run to go on, held against what was saved."""
 
+import os
+from dataclasses import asdict
 from typing import Any
 
+from tunelib.config.schema import Lora
 from tunelib.errors import CheckpointError
 
 CONSEQUENCES = "consequences"
 """Name of the part of a run's identity that follows from the rest; told only where nothing else has changed."""
+
+
+def describe_identity(model: dict[str, Any], initial_load_path: str, lora: Lora, rest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What must be the same for a run to go on, and the part of it that a seed checkpoint must share: name → value or digest.
+
+    Args:
+        model: the fields of its config.json.
+        rest: what else decides the run: data, order, optimizer.
+
+    Returns:
+        The part that a seed shares, then all.
+    """
+    origin = {
+        "model": {name: value for name, value in model.items() if name not in ("dtype", "torch_dtype")},
+        "checkpoint.initial_load_path": os.path.abspath(initial_load_path) if initial_load_path else "",
+    }
+    section = {**asdict(lora), "target_modules": list(lora.target_modules)}
+    section["adapter_path"] = os.path.abspath(lora.adapter_path) if lora.adapter_path else ""
+    adapters = {f"lora.{name}": value for name, value in section.items() if name != "save_adapter_weights_only"} if lora.enable else {}
+    return origin, {**origin, **rest, **adapters}
 
 
 def check_identity(saved: dict[str, Any], today: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from tunelib.config.schema import Config, Parallelism
 from tunelib.config.settings import Setting
 from tunelib.config.sizes import ARCHITECTURES, SIZES
 
-TAKEN_NAMES = ("export", "export_check.json", "adapter", "tb", "profile", "config.toml", "metrics.jsonl", "samples.jsonl")
+TAKEN_NAMES = ("export", "export_check.json", "adapter", "tb", "config.toml", "metrics.jsonl", "samples.jsonl")
 """What a run writes beside its step folders."""
 DEGREES = (
     "parallelism.data_parallel_shard_degree",
@@ -143,12 +143,18 @@ def find_epoch_fault(checked: Checked) -> Iterator[str]:
 
 
 def find_folder_fault(checked: Checked) -> Iterator[str]:
-    """The step folders have a folder of their own, inside the run folder, which is what is locked."""
-    parts = Path(checked.config.checkpoint.folder).parts
-    if os.path.isabs(checked.config.checkpoint.folder) or ".." in parts:
-        yield f"{checked.at('checkpoint.folder')}: lies outside of job.dump_folder; give a name inside it"
-    elif not parts or parts[0] in TAKEN_NAMES:
-        yield f'{checked.at("checkpoint.folder")}: is taken by the run\'s other outputs; give another name, such as "checkpoint"'
+    """The step folders and the profiler's have folders of their own, inside the run folder, which is what is locked."""
+    taken, named = TAKEN_NAMES, [("checkpoint.folder", "checkpoint")]
+    if checked.config.profiling.enable_profiling:
+        named.append(("profiling.save_traces_folder", "profile"))
+    for key, usual in named:
+        folder = str(checked.value(key))
+        parts = Path(folder).parts
+        if os.path.isabs(folder) or ".." in parts:
+            yield f"{checked.at(key)}: lies outside of job.dump_folder; give a name inside it"
+        elif not parts or parts[0] in taken:
+            yield f'{checked.at(key)}: is taken by the run\'s other outputs; give another name, such as "{usual}"'
+        taken = (*taken, *parts[:1])
 
 
 def find_degree_fault(checked: Checked) -> Iterator[str]:
@@ -418,7 +424,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("dataset.mix",), find_mix_fault),
     (("validation.enable", "validation.path", "validation.split", "validation.fraction", "dataset.hub", "dataset.streaming"), find_validation_fault),
     (("checkpoint.interval_type", "dataset.streaming"), find_epoch_fault),
-    (("checkpoint.folder",), find_folder_fault),
+    (("checkpoint.folder", "profiling."), find_folder_fault),
     (("training.on_nonfinite", "checkpoint.enable_checkpoint"), find_rollback_fault),
     (("lora.", "checkpoint.initial_load_path"), find_adapter_fault),
     (("activation_checkpoint.",), find_recompute_fault),

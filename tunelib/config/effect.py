@@ -55,6 +55,7 @@ NEEDS = (
     Need(("checkpoint.load_best_at_end",), "checkpoint.keep_best", (False,)),
     Need(("training.max_nonfinite_steps",), "training.on_nonfinite", ("stop",)),
     Need(keys_of("validation", "validation.enable"), "validation.enable", (False,)),
+    Need(keys_of("profiling", "profiling.enable_profiling"), "profiling.enable_profiling", (False,)),
     Need(("validation.max_new_tokens",), "validation.prompts", ((),)),
     Need(("validation.task_path", "validation.task_limit", "validation.task_chat_template"), "validation.tasks", ((),)),
     Need(("optimizer.beta1", "optimizer.beta2", "optimizer.eps"), "optimizer.name", ("SGD",)),

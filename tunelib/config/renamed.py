@@ -73,7 +73,6 @@ REPLACED = {
 
 UNBUILT = {
     "quantize": "quantisation",
-    "profiling": "the profiler",
     "float8": "float8 training",
     "mx": "MX training",
     "checkpoint.exclude_from_loading": "loading part of a checkpoint",

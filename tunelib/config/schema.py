@@ -413,6 +413,20 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class Profiling:
+    """Where time goes and, on a GPU, memory."""
+
+    enable_profiling: bool = False
+    """Trace every profiling.profile_freq-th step with torch.profiler, and print a table of where its time went."""
+    profile_freq: Count = 10
+    """Steps from one profiled step to the next; such a step takes longer."""
+    save_traces_folder: str = "profile"
+    """Where traces (for Perfetto or chrome://tracing) and tables go, inside job.dump_folder."""
+    enable_memory_snapshot: bool = False
+    """Besides, write what lies in the GPU's memory after each profiled step, for pytorch.org/memory_viz."""
+
+
+@dataclass(frozen=True)
 class Validation:
     """Loss on held-out documents, and sample answers."""
 
@@ -469,5 +483,6 @@ class Config:
     compile: Compile = field(default_factory=Compile)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
     validation: Validation = field(default_factory=Validation)
     comm: Comm = field(default_factory=Comm)

@@ -340,8 +340,11 @@ class ChatTemplate:
         return start, end
 
 
-def find_template(tokenizer: Tokenizer, choice: str) -> ChatTemplate | None:
-    """The template that ``dataset.chat_template`` chooses, the tokenizer's own by default; None where there is none.
+def find_template(tokenizer: Tokenizer, choice: str, says: str = "dataset.chat_template") -> ChatTemplate | None:
+    """The template that a setting chooses, the tokenizer's own by default; None where there is none.
+
+    Args:
+        says: the setting, for messages.
 
     Raises:
         DataError: no template of that name, or one that cannot be read.
@@ -352,13 +355,13 @@ def find_template(tokenizer: Tokenizer, choice: str) -> ChatTemplate | None:
         try:
             return ChatTemplate(tokenizer, choice, Path(choice).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"dataset.chat_template = {choice!r} cannot be read: {error}") from None
+            raise DataError(f"{says} = {choice!r} cannot be read: {error}") from None
     if choice:
         if choice not in NAMED_TEMPLATES:
             names = (*NAMED_TEMPLATES, NO_TEMPLATE)
             near = difflib.get_close_matches(choice.lower(), names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"dataset.chat_template = {choice!r} is neither a named template ({', '.join(names)}) nor a .jinja file{hint}")
+            raise DataError(f"{says} = {choice!r} is neither a named template ({', '.join(names)}) nor a .jinja file{hint}")
         return ChatTemplate(tokenizer, choice, NAMED_TEMPLATES[choice])
     return ChatTemplate(tokenizer, str(tokenizer.folder), tokenizer.chat_template) if tokenizer.chat_template is not None else None
 

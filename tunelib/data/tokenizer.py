@@ -22,6 +22,7 @@ from tunelib.data.tokenizer_model import Converted, convert_tokenizer_model
 from tunelib.errors import DataError, Stopped
 from tunelib.files import read_json
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Special tokens are renamed to a mark, private-use and not in the text, and a second character that says which.
@@ -304,7 +305,7 @@ def _choose_mark(text: str) -> str:
 
 
 def _find_file(folder: Path) -> Path:
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             return folder / name
     raise DataError(f"{folder} has no tokenizer.json and no tokenizer.model; name a folder that has one with model.tokenizer_path")

@@ -15,7 +15,7 @@ from tunelib.adapters import LORA_A, LORA_B, AdaptedLinear, draw_adapter, is_of_
 from tunelib.config import read_written
 from tunelib.config.schema import Model
 from tunelib.config.sizes import SIZES
-from tunelib.data.tokenizer import Tokenizer
+from tunelib.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from tunelib.errors import FormatError
 from tunelib.files import has_manifest
 from tunelib.formats.export import plan_checkpoint
@@ -62,7 +62,7 @@ def find_tokenizer_folder(tokenizer_path: str, initial_load_path: str) -> Path |
     if tokenizer_path or not initial_load_path:
         return Path(tokenizer_path) if tokenizer_path else None
     folder = Path(initial_load_path) if Path(initial_load_path).is_dir() else Path(initial_load_path).parent
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) or not (folder / RUN_CONFIG).is_file():
+    if any((folder / name).is_file() for name in TOKENIZER_FILES) or not (folder / RUN_CONFIG).is_file():
         return folder
     written = read_written(folder / RUN_CONFIG)
     return find_tokenizer_folder(str(written.get("model.tokenizer_path", "")), str(written.get("checkpoint.initial_load_path", "")))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunelib.model.cache import KeyValues
 from tunelib.model.config import ModelConfig
 from tunelib.model.rope import rotate
 
@@ -49,8 +50,8 @@ class Segments:
 
 
 # What tells documents apart: their lengths, row after row (CPU), FlexAttention's block mask (CUDA), or, of rows that are cut over processes,
-# segments.
-Documents = tuple[int, ...] | Segments | Any
+# segments; or what was read before, of a text that goes on.
+Documents = tuple[int, ...] | Segments | KeyValues | Any
 
 
 class Attention(nn.Module):
@@ -75,15 +76,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Causal attention of q (B, S, H, D) to k, v (B, S, K, D) inside each document, → (B, S, H, D)."""
     if isinstance(documents, tuple):
         return attend_per_document(q, k, v, documents)
+    if isinstance(documents, KeyValues):
+        return documents.attend(q, k, v)
     return attend_segments(q, k, v, documents) if isinstance(documents, Segments) else attend_flex(q, k, v, documents)
 
 
-def plan_documents(document_lengths: tuple[int, ...] | Segments, x: Tensor, head_dim: int) -> Documents:
+def plan_documents(document_lengths: tuple[int, ...] | Segments | KeyValues, x: Tensor, head_dim: int) -> Documents:
     """What `attend` needs to keep the documents of x (B, S, hidden) apart; made once per micro-batch, shared by all layers.
 
     FlexAttention's kernels know neither float64 nor heads below 16; one document by itself, as in generation, needs no mask.
     """
-    if isinstance(document_lengths, Segments):
+    if isinstance(document_lengths, Segments | KeyValues):
         return document_lengths
     has_kernel = x.is_cuda and x.dtype != torch.float64 and head_dim >= 16
     return build_block_mask(document_lengths, len(x), x.device) if has_kernel and len(document_lengths) > 1 else document_lengths

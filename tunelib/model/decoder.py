@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunelib.model.attention import Attention, Documents, Segments, attend, plan_documents
+from tunelib.model.cache import KeyValues
 from tunelib.model.config import ModelConfig
 from tunelib.model.loss import summed_loss, token_scores
 from tunelib.model.rope import rope_tables
@@ -80,7 +81,7 @@ class DecoderBody(nn.Module):
         self.layers = nn.ModuleDict({str(number): DecoderLayer(config) for number in range(config.num_hidden_layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, inputs: Tensor, positions: Tensor, document_lengths: tuple[int, ...] | Segments) -> Tensor:
+    def forward(self, inputs: Tensor, positions: Tensor, document_lengths: tuple[int, ...] | Segments | KeyValues) -> Tensor:
         x = self.embed_tokens(inputs)
         rope = rope_tables(self.config, positions, x.dtype)
         documents = plan_documents(document_lengths, x, self.config.head_dim)

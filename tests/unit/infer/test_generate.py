@@ -7,8 +7,9 @@ from unit.samples import DEBUG_TOKENIZER, TINY_FIELDS, tiny_model
 
 from tunelib.data.chat import find_template
 from tunelib.data.tokenizer import Tokenizer
-from tunelib.errors import DataError
-from tunelib.infer.generate import answer_prompts, encode_prompts, generate_greedy
+from tunelib.errors import ConfigError, DataError
+from tunelib.infer.generate import Stops, answer_prompts, encode_prompts, generate, generate_greedy, stream
+from tunelib.infer.sample import Sampling
 
 CPU = torch.device("cpu")
 PROMPT = [3, 14, 15]
@@ -49,3 +50,48 @@ def test_prompts_are_answered_in_order(chat: bool) -> None:
 def test_prompt_that_is_no_token_is_refused() -> None:
     with pytest.raises(DataError, match="'' is no token at all"):
         encode_prompts([""], Tokenizer(DEBUG_TOKENIZER), None)
+
+
+PROMPTS = [[3, 14, 15], [9], [26, 5, 35, 8, 9, 7, 9, 3], [1, 2]]
+
+
+def test_with_a_cache_and_together_answers_are_those_of_reading_everything_alone() -> None:
+    model = tiny_model()
+    expected = [generate_greedy(model, prompt, 20, (), CPU) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, 20) == expected
+    assert [generate(model, [prompt], 20)[0] for prompt in PROMPTS] == expected
+
+
+def test_each_answer_ends_by_itself() -> None:
+    """A stop token ends one, the context another; rows that have ended are left out of what is computed."""
+    model = tiny_model()
+    free = generate(model, PROMPTS, 20)
+    stop = free[1][4]
+    ended = generate(model, PROMPTS, 20, Stops({stop}))
+    assert ended == [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in free]
+    assert any(len(answer) < 20 for answer in ended)
+    narrow = tiny_model(max_position_embeddings=12)
+    assert [len(answer) for answer in generate(narrow, PROMPTS, 20)] == [9, 11, 4, 10]
+
+
+def test_texts_end_an_answer_and_are_cut_off() -> None:
+    tokenizer, model = Tokenizer(DEBUG_TOKENIZER), tiny_model(vocab_size=640)
+    free = tokenizer.decode(generate(model, [PROMPTS[0]], 20)[0])
+    text = free[8:11]
+    stops = Stops((), (text,), tokenizer)
+    ids = generate(model, [PROMPTS[0]], 20, stops)[0]
+    assert len(ids) < 20
+    assert stops.text_of(ids) == free[: free.index(text)]
+
+
+def test_what_is_drawn_follows_the_seed_and_not_the_neighbours() -> None:
+    model, sampling = tiny_model(), Sampling(1.5, top_k=20, top_p=0.9, seed=4)
+    drawn = generate(model, PROMPTS, 12, sampling=sampling)
+    assert drawn == generate(model, PROMPTS, 12, sampling=sampling)
+    assert drawn[0] == generate(model, PROMPTS[:1], 12, sampling=sampling)[0]
+    assert drawn != generate(model, PROMPTS, 12, sampling=Sampling(1.5, top_k=20, top_p=0.9, seed=5))
+
+
+def test_a_prompt_that_fills_the_context_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the prompt has 64 tokens, and the model's context is 64"):
+        list(stream(tiny_model(), [[1] * 64, [2]], 4))

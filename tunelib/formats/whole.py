@@ -1,0 +1,114 @@
+"""A checkpoint of any form as a whole model in one process, with its tokenizer: to generate from, to measure, or to build on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tunelib.config import read_written
+from tunelib.data.chat import ChatTemplate, find_template
+from tunelib.data.tokenizer import TOKENIZER_FILES, Tokenizer
+from tunelib.errors import FormatError
+from tunelib.files import read_json
+from tunelib.formats.load import RUN_CONFIG, find_tokenizer_folder
+from tunelib.formats.merge import merge_stored
+from tunelib.formats.peft import CONFIG_FILE as ADAPTER_CONFIG
+from tunelib.formats.peft import open_adapter
+from tunelib.formats.source import check_files, check_model, open_checkpoint
+from tunelib.model.decoder import Decoder, build_on_meta
+from tunelib.parallel.runtime import DTYPES
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What `load_model` gives.
+
+    Attributes:
+        model: whole, on one device, its parameters without gradients; ``model.requires_grad_(True)`` for a training loop of your own.
+        tokenizer: None where none lies with the weights.
+        template: of conversations; None where there is none.
+        stop_ids: tokens that end an answer.
+        sentence: what was loaded, in a line.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    stop_ids: frozenset[int]
+    sentence: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.model.embed_tokens.weight.device
+
+
+def load_model(
+    path: str | Path,
+    adapter: str | Path = "",
+    dtype: str = "auto",
+    device: str | torch.device = "",
+    tokenizer_path: str | Path = "",
+    chat_template: str = "",
+) -> LoadedModel:
+    """Load a model and its tokenizer from a Hugging Face, Meta or DCP folder, or a file of torch.save.
+
+    Weights go tensor by tensor from the files into the model. An adapter is merged into them on the way.
+
+    Args:
+        path: the checkpoint; or an adapter folder alone, which names its base.
+        adapter: a PEFT adapter folder, of these weights.
+        dtype: "float32", "bfloat16", "float16", "float64", or "auto": as stored on a GPU, and float32 on a CPU.
+        device: by default the first GPU, else the CPU.
+        tokenizer_path: a folder with a tokenizer, where it is not the weights'.
+        chat_template: as in dataset.chat_template; empty for the adapter's, else the tokenizer's own.
+
+    Raises:
+        FormatError: no checkpoint, damaged or incomplete weights, or an adapter of other weights.
+        DataError: a tokenizer or chat template that cannot be read.
+    """
+    path, adapter = Path(path), Path(adapter) if adapter else None
+    if adapter is None and (path / ADAPTER_CONFIG).is_file():
+        adapter, path = path, _base_of(path)
+    stored = open_checkpoint(path)
+    check_files(stored)
+    check_model(stored)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    stored_dtype = next(iter(stored.weights.values())).dtype
+    wanted = DTYPES[dtype] if dtype != "auto" else stored_dtype if target.type == "cuda" else torch.float32
+    model = build_on_meta(stored.config, wanted).requires_grad_(False).eval()
+    sentence, own_template, merged = f"{stored.sentence}, in {str(wanted).removeprefix('torch.')}", "", None
+    if adapter is not None:
+        opened = open_adapter(adapter)
+        merged, own_template = merge_stored(stored, opened), opened.chat_template or ""
+        sentence = "; ".join([f"{sentence}, with the adapter {adapter}", *merged.notes])
+    model.to_empty(device=target)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        own = merged.read(name, ()) if merged else None
+        parameter.detach().copy_(stored.read(name) if own is None else own)
+    tokenizer, template = _find_words(path, str(tokenizer_path), chat_template, own_template)
+    stop_ids = (tokenizer.stop_ids if tokenizer else frozenset()) | (template.end_ids() if template else frozenset())
+    return LoadedModel(model, tokenizer, template, stop_ids, sentence)
+
+
+def _base_of(adapter: Path) -> Path:
+    """Where an adapter says that its base is."""
+    base = read_json(adapter / ADAPTER_CONFIG, FormatError).get("base_model_name_or_path")
+    if not isinstance(base, str) or not Path(base).exists():
+        raise FormatError(f"{adapter} is an adapter, of a base called {base!r}, which is not here: name the base first, and {adapter} as its adapter")
+    return Path(base)
+
+
+def _find_words(path: Path, tokenizer_path: str, chat_template: str, own_template: str) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """The tokenizer as told or beside the weights, and the template as told, the adapter's own, that of the run that wrote a step folder, or the
+    tokenizer's."""
+    folder = find_tokenizer_folder(tokenizer_path, str(path))
+    if folder is None or not (tokenizer_path or any((folder / name).is_file() for name in TOKENIZER_FILES)):
+        return None, None
+    tokenizer = Tokenizer(folder)
+    if own_template and not chat_template:
+        return tokenizer, ChatTemplate(tokenizer, str(path), own_template)
+    if not chat_template and (path / RUN_CONFIG).is_file():
+        chat_template = str(read_written(path / RUN_CONFIG).get("dataset.chat_template", ""))
+    return tokenizer, find_template(tokenizer, chat_template, "chat_template")

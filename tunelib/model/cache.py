@@ -1,0 +1,75 @@
+"""Keys and values of what a model has read, so that a new token costs one position and not the whole text.
+
+B rows, n new positions, T positions read so far with the new ones, H heads, K kv heads, D head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class KeyValues:
+    """What all layers of a whole model remember of B rows, whose texts end at the same place: a shorter one begins later, after padding.
+
+    Given to the model in place of documents' lengths. Layers come in their order; a layer may ask once per forward pass.
+
+    Args:
+        begins: (B,) where each row's text begins.
+    """
+
+    def __init__(self, begins: Tensor, num_layers: int):
+        self.begins = begins
+        self.length = 0
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self._next = 0
+        self._is_padded = bool((begins > 0).any())
+
+    def positions(self, num_new: int) -> Tensor:
+        """(B, n): of the next n tokens, counted from where each text begins; 0 for padding."""
+        places = torch.arange(self.length, self.length + num_new, device=self.begins.device)
+        return (places - self.begins[:, None]).clamp(min=0)
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first positions, and a forward pass that was broken off."""
+        self.length, self._next = min(length, self.length), 0
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget all but some rows (indices), whose order becomes the new one."""
+        self.begins = self.begins[rows]
+        self._is_padded = bool((self.begins > 0).any())
+        self._layers = [held and (held[0][rows], held[1][rows]) for held in self._layers]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of new q (B, n, H, D) to all that was read and the new k, v (B, n, K, D), → (B, n, H, D)."""
+        num_new = q.shape[1]
+        keys, values = self._store(k, v)  # (B, T, K, D)
+        mask = self._mask(num_new, keys.shape[1]) if self._is_padded or 1 < num_new < keys.shape[1] else None
+        heads_first = (tensor.transpose(1, 2) for tensor in (q, keys, values))
+        has_groups = q.shape[2] != k.shape[2]
+        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None and num_new > 1, enable_gqa=has_groups)
+        return out.transpose(1, 2)
+
+    def _store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of the layer whose turn it is; where there is no room for more, room is doubled."""
+        number, end = self._next, self.length + k.shape[1]
+        held = self._layers[number]
+        if held is None or held[0].shape[1] < end:
+            shape = (k.shape[0], max(2 * self.length, end + 64), *k.shape[2:])
+            larger = (k.new_empty(shape), v.new_empty(shape))
+            if held is not None:
+                for all_of_layer, before in zip(larger, held, strict=True):
+                    all_of_layer[:, : self.length] = before[:, : self.length]
+            held = self._layers[number] = larger
+        for all_of_layer, new in zip(held, (k, v), strict=True):
+            all_of_layer[:, self.length : end] = new
+        self._next = (number + 1) % len(self._layers)
+        if self._next == 0:
+            self.length = end
+        return held[0][:, :end], held[1][:, :end]
+
+    def _mask(self, num_new: int, num_keys: int) -> Tensor:
+        """(B, 1, n, T): True where a key counts. Padding attends to itself, so that it has no softmax over nothing."""
+        keys = torch.arange(num_keys, device=self.begins.device)
+        queries = keys[num_keys - num_new :, None]  # (n, 1)
+        counts = (keys <= queries) & (keys >= self.begins[:, None, None])  # (B, n, T)
+        return (counts | (keys == queries))[:, None]
