@@ -26,7 +26,7 @@ from tunelib.checkpoint.identity import check_base, check_identity, describe_ide
 from tunelib.checkpoint.manager import CheckpointManager
 from tunelib.checkpoint.progress import Progress
 from tunelib.checkpoint.state import RunState, model_tensors
-from tunelib.config import Config, check_own_config, describe_changes, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
+from tunelib.config import check_own_config, describe_changes, load_or_exit, resolve_dump_folder, resolve_local_batch_size, resolved_toml
 from tunelib.config.resolve import find_what_rules_out_compile
 from tunelib.data.loader import HeldOutData, Share, Step, TrainData
 from tunelib.data.prepare import Batches, HeldOut, build_documents, build_train_data, find_words
@@ -107,8 +107,7 @@ def main(argv: list[str]) -> None:
 
             # Data: every document's tokens, and the order, but no batch yet.
             train_data = held_out = exam = None
-            data_lines: list[str] = []
-            prompts: list[list[int]] = []
+            data_lines, prompts = list[str](), list[list[int]]()
             if not config.checkpoint.create_seed_checkpoint:
                 assert words is not None, "checked in config/check.py"
                 training, section, rows_of_model = config.training, config.validation, weights.config.vocab_size
@@ -149,9 +148,8 @@ def main(argv: list[str]) -> None:
                     f"{decision.folder} holds whole weights: adapters start from it with --checkpoint.initial_load_path, in another folder"
                 )
             compiled_before = decision.resumed.compiled if decision.resumed is not None else None
-            full_rows = [config.training.seq_len] * config.training.global_batch_size
-            step_needs = step_flops(weights.config, full_rows, sum(full_rows), config.lora.rank if config.lora.enable else 0)
-            flops = num_steps * step_needs / runtime.world_size
+            full_rows, rank = [config.training.seq_len] * config.training.global_batch_size, config.lora.rank if config.lora.enable else 0
+            flops = num_steps * step_flops(weights.config, full_rows, sum(full_rows), rank) / runtime.world_size
             check_compiled_step(config.optimizer, runtime.device)
             compiled = choose_compile(config.compile.enable, find_what_rules_out_compile(config)[0], runtime.device, compiled_before, flops)
             if decision.state is not None:
@@ -195,8 +193,7 @@ def main(argv: list[str]) -> None:
             console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another layout")
         first_step = progress.step + 1
         if first_step > num_steps:
-            done = f"this run is finished at step {progress.step}"
-            console.say(f"{done}; extend it with more --training.steps or --training.epochs (now {num_steps} steps)")
+            console.say(f"this run is finished at step {progress.step}; extend it with more --training.steps or --training.epochs (now {num_steps})")
 
         # Watch: the opening lines, metrics, samples and the first validation. From here on, a signal waits for the step in hand.
         stop.wait_for_steps()
@@ -217,12 +214,10 @@ def main(argv: list[str]) -> None:
             console.say(line)
         summary = Summary()
 
-        crew = build_crew(layout, runtime.device, stop, watchdog.renew)
-
         def validate() -> None:
             with watchdog.watch("a validation"), mark("validation"):
                 loss = evaluate(model, held_out, runtime, layout, stop) if held_out is not None else None
-                scores = exam.score(model, crew) if exam is not None and loss is not None else {}
+                scores = exam.score(model, build_crew(layout, runtime.device, stop, watchdog.renew)) if exam is not None and loss is not None else {}
             if held_out is not None and loss is not None and scores is not None:
                 progress.validated(loss)
                 metrics.write({"step": progress.step, "validation_loss": loss, "tokens": progress.tokens_seen})
@@ -255,10 +250,9 @@ def main(argv: list[str]) -> None:
 
         def pass_over(loss: float, grad_norm: float) -> None:
             """A step whose numbers are not finite: written down, and then what on_nonfinite says."""
-            at_fault, is_first = progress.step + 1, not progress.passed_over
+            at_fault, before = progress.step + 1, progress.passed_over
             documents = train_data.documents_of(at_fault) if isinstance(train_data, TrainData) else None
-            rows_up_to = None if is_first else max(at_fault, *progress.passed_over)
-            with RowWriter(folder / NONFINITE_FILE, rows_up_to, runtime.is_main, console.say) as rows:
+            with RowWriter(folder / NONFINITE_FILE, max(at_fault, *before) if before else None, runtime.is_main, console.say) as rows:
                 rows.write({"step": at_fault, "loss": repr(loss), "grad_norm": repr(grad_norm), "documents": documents})
             console.say(progress.pass_over(loss, grad_norm, manager, num_steps))
             metrics.cut(progress.step)
@@ -311,15 +305,13 @@ def main(argv: list[str]) -> None:
                 console.step(row)
             if config.validation.enable and step % config.validation.freq == 0:
                 validate()
-            is_due = manager.is_due(step, (train_data.epochs_after(step - 1), train_data.epochs_after(step)))
-            if step < num_steps and (is_due or (config.checkpoint.load_best_at_end and progress.is_best)):
+            if step < num_steps and manager.is_due(step, (train_data.epochs_after(step - 1), train_data.epochs_after(step)), progress.is_best):
                 save()
             profiler.end()
         console.end_steps()
-        step, ends_early = progress.step, progress.has_lost_patience(config.validation.patience)
-        if ends_early:
-            console.say(progress.describe_early_end())
-        if step < num_steps and not ends_early:
+        step, early_end = progress.step, progress.describe_early_end(config.validation.patience)
+        console.say(early_end)
+        if step < num_steps and not early_end:
             if not config.checkpoint.enable_checkpoint:
                 raise TunelibError(f"stopped after step {step} by a signal; nothing was saved: checkpoint.enable_checkpoint is false")
             if step == 0:
@@ -340,8 +332,7 @@ def main(argv: list[str]) -> None:
                 tensors = {name: tensor.to(export.dtypes[name]) for name, tensor in model_tensors(model).items()}
             with watchdog.watch("the last save"):
                 checkpoint = manager.save(tensors, state, kind="model" if is_alone else "full")
-        if config.checkpoint.load_best_at_end:
-            console.say(f"exported   {progress.load_best(manager)}")
+        console.say(progress.load_best(manager))
         progress.check_finite()
         adapter_line = export_line = ""
         if config.lora.enable:

@@ -253,14 +253,17 @@ class CheckpointManager:
 
     # Saving
 
-    def is_due(self, step: int, finished_epochs: tuple[int, int]) -> bool:
-        """Whether ``interval`` asks for a save after a step. Collective where it counts seconds.
+    def is_due(self, step: int, finished_epochs: tuple[int, int], is_best: bool = False) -> bool:
+        """Whether ``interval`` asks for a save after a step, or ``load_best_at_end`` does. Collective where seconds count.
 
         Args:
             finished_epochs: whole epochs before and after the step.
+            is_best: whether no validation loss has been as low.
         """
         if not self.section.enable_checkpoint:
             return False
+        if self.section.load_best_at_end and is_best:
+            return True
         if self.section.interval_type == "seconds":
             return from_main(time.monotonic() - self._last_save_time >= self.section.interval)
         if self.section.interval_type == "epochs":

@@ -58,9 +58,11 @@ class Progress:
         """Whether so many validations in a row had no new lowest loss."""
         return patience is not None and self.num_worse >= patience
 
-    def describe_early_end(self) -> str:
-        """Why a run ends that has lost its patience."""
-        lowest = f"the lowest validation loss is that of step {self.best_step} ({self.best_loss})" if self.best_step is not None else "no loss was finite"
+    def describe_early_end(self, patience: int | None) -> str:
+        """Why a run ends that has lost its patience; "" where it has not."""
+        if not self.has_lost_patience(patience):
+            return ""
+        lowest = f"step {self.best_step} has the lowest validation loss" if self.best_step is not None else "no validation loss is finite"
         return f"step {self.step}: {lowest}, and {self.num_worse} validations since had none lower: the run ends here (validation.patience)"
 
     def validated(self, loss: float) -> None:
@@ -135,15 +137,23 @@ class Progress:
         return f"{said}; gone back to step {self.step}"
 
     def load_best(self, manager: CheckpointManager) -> str:
-        """Take the weights with the lowest validation loss, in place of the last, of those that are saved; which, in words. Collective."""
+        """Take the weights with the lowest validation loss, where ``load_best_at_end`` asks for it; which were taken, in words. Collective."""
+        if not manager.section.load_best_at_end:
+            return ""
+        if self.step == self.best_step:
+            return f"to be exported: the last weights, whose validation loss ({self.best_loss}) is the lowest"
         best = manager.find_best(self.best_step)
         if best is None or best[0] == self.step:
-            return f"the last weights, of step {self.step}, have the lowest validation loss of those that are saved"
+            return f"to be exported: the last weights, whose validation loss is the lowest of those that are saved{self._beyond(self.step)}"
         step, loss = best
         manager.load_weights(model_tensors(self._model), step)
-        is_lowest = step == self.best_step
-        beyond = "" if is_lowest else f"; step {self.best_step} had {self.best_loss}, and is not saved"
-        return f"the weights of step {step}, with validation loss {self.best_loss if is_lowest else loss}{beyond}"
+        loss = self.best_loss if step == self.best_step else loss
+        return f"to be exported: the weights of step {step}, with validation loss {loss}{self._beyond(step)}"
+
+    def _beyond(self, step: int) -> str:
+        """That another step had a lower loss than the best that is saved."""
+        is_known = self.best_step is not None and self.best_step != step
+        return f"; step {self.best_step} had {self.best_loss}, and is not saved" if is_known else ""
 
     def check_finite(self) -> None:
         """That the trained weights are finite, before anybody is given them: a step need not have seen one that is not. Collective.
