@@ -5,6 +5,7 @@ are dealt out over the processes, and what they find is gathered, so that all ha
 """
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -107,7 +108,7 @@ class Exam:
     """Tasks whose data is there, and how they are asked; `open_exam` makes one for training."""
 
     questions: Questions
-    tasks: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
     reader: Reader
 
     def score(self, model: Decoder, crew: Crew) -> dict[str, float] | None:
@@ -137,7 +138,7 @@ class Exam:
             )
 
 
-def open_tasks(questions: Questions) -> dict[str, Any]:
+def open_tasks(questions: Questions) -> dict[str, dict[str, Any]]:
     """lm-eval's tasks, with their data.
 
     Raises:
@@ -149,7 +150,7 @@ def open_tasks(questions: Questions) -> dict[str, Any]:
         raise ConfigError(f"{says}: {questions.folder} is no folder; task files (.yaml) are looked for there")
     try:
         with quiet():
-            from lm_eval.tasks import TaskManager, get_task_dict
+            from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(f"{says}: lm-eval is not installed ({error}); install the extra: pip install 'tunelib[eval]'") from None
     with quiet():
@@ -158,14 +159,15 @@ def open_tasks(questions: Questions) -> dict[str, Any]:
             if name not in manager.all_tasks:
                 near = find_nearest(name, manager.all_tasks)
                 raise ConfigError(f"{says}: lm-eval knows no task {name!r}{f'; did you mean {near!r}?' if near else ''}{_where(questions)}")
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
         for name in questions.names:
             try:
-                tasks |= get_task_dict([name], manager)
+                for kind, loaded in manager.load([name]).items():
+                    tasks[kind] |= loaded
             except Exception as error:
                 raise DataError(f"{says}: the task {name!r} cannot be opened: {_first_line(error)}") from error
     if questions.num_fewshot is not None:
-        for task in list_tasks(tasks):
+        for task in tasks["tasks"].values():
             task.set_config(key="num_fewshot", value=questions.num_fewshot)
     return tasks
 
@@ -212,9 +214,7 @@ class Answers:
 
     def _continue(self, prompts: Sequence[str], stop_texts: tuple[str, ...], max_new_tokens: int) -> list[str]:
         if (most := self.reader.context - max_new_tokens) < 1:
-            raise ConfigError(
-                f"a task wants {max_new_tokens} tokens (max_gen_toks), and the model's context is {self.reader.context}: give it fewer"
-            )
+            raise ConfigError(f"a task wants {max_new_tokens} tokens (max_gen_toks), and the model's context is {self.reader.context}: give it fewer")
         stops = Stops(self.reader.tokenizer.stop_ids, stop_texts, self.reader.tokenizer)
         ids = [self.reader.encode(prompt)[-most:] for prompt in prompts]
         if not is_whole(self.model):
@@ -238,7 +238,8 @@ class Answers:
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both, which are those of the two together; spaces between them belong to the continuation."""
         if not context:
-            return [self.reader.prefix_id], self.reader.tokenizer.encode(continuation, add_special_tokens=False).ids
+            prefix, ids = self.reader.prefix_id, self.reader.tokenizer.encode(continuation, add_special_tokens=False).ids
+            return ([prefix], ids) if ids[:1] != [prefix] else (ids[:1], ids[1:])
         spaces = len(context) - len(context.rstrip())
         whole, before = self.reader.encode(context + continuation), self.reader.encode(context[: len(context) - spaces])
         return before, whole[len(before) :]
@@ -258,10 +259,12 @@ def read_settings(settings: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     """A task's generation_kwargs: the texts that end an answer, and the most tokens that it may have.
 
     Raises:
-        ConfigError: the task wants answers to be drawn.
+        ConfigError: the task wants something else than greedy answers.
     """
-    if settings.get("do_sample") and settings.get("temperature", 1.0):
-        raise ConfigError("a task wants answers to be drawn (do_sample): here they are greedy; set do_sample: false in a task file of your own")
+    drawn = settings.get("do_sample")
+    if (drawn if drawn is not None else settings.get("temperature")) or (settings.get("num_beams") or 1) > 1:
+        shown = ", ".join(f"{name}: {settings[name]}" for name in ("do_sample", "temperature", "num_beams") if name in settings)
+        raise ConfigError(f"a task wants other answers than the most probable tokens ({shown}); set do_sample: false in a task file of your own")
     until = settings.get("until") or []
     longest = next((settings[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if settings.get(name)), MAX_NEW_TOKENS)
     return tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop), int(longest)
@@ -295,15 +298,6 @@ def build_lm(answers: Answers) -> Any:
     return Examinee()
 
 
-def list_tasks(tasks: dict[str, Any]) -> Iterator[Any]:
-    """The tasks of a dict of tasks and of groups of them."""
-    for task in tasks.values():
-        if isinstance(task, dict):
-            yield from list_tasks(task)
-        else:
-            yield task
-
-
 def name_scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """lm-eval's figures by the names that metrics.jsonl has: "tasks/TASK/METRIC", and "/FILTER" where the task has filters."""
     scores = {}
@@ -331,14 +325,23 @@ def make_table(results: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the log, progress lines and warnings of lm-eval and what it uses; errors are raised all the same."""
+    import datasets
+    from tqdm.std import tqdm
+
     logger = logging.getLogger("lm_eval")
-    before, logger.level = logger.level, logging.ERROR
+    level, make_bar, shows_bars = logger.level, tqdm.__init__, not datasets.are_progress_bars_disabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        tqdm.__init__ = functools.partialmethod(make_bar, disable=True)  # type: ignore[method-assign, assignment]  # lm-eval has no word for it
+        datasets.disable_progress_bars()
         try:
             yield
         finally:
-            logger.setLevel(before)
+            logger.setLevel(level)
+            tqdm.__init__ = make_bar  # type: ignore[method-assign]
+            if shows_bars:
+                datasets.enable_progress_bars()
 
 
 def _where(questions: Questions) -> str:
