@@ -154,7 +154,9 @@ def open_tasks(questions: Questions) -> dict[str, dict[str, Any]]:
     except ImportError as error:
         raise ConfigError(f"{says}: lm-eval is not installed ({error}); install the extra: pip install 'tunelib[eval]'") from None
     with quiet():
-        manager = TaskManager(include_path=questions.folder or None)
+        manager = TaskManager(include_path=questions.folder or None, include_defaults=False)
+        if set(questions.names) - set(manager.all_subtasks):  # a folder's own tasks need no list of lm-eval's, which takes seconds
+            manager = TaskManager(include_path=questions.folder or None)
         for name in questions.names:
             if name not in manager.all_tasks:
                 near = find_nearest(name, manager.all_tasks)

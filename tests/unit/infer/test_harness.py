@@ -56,9 +56,23 @@ def test_missing_lm_eval_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         open_for_training(tasks=("hellaswag",))
 
 
-def test_unknown_task_is_a_sentence_with_the_nearest_name(tmp_path: Path) -> None:
+@pytest.fixture
+def without_lm_evals_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of lm-eval's own tasks, which takes many seconds, is left out."""
+    import lm_eval.tasks
+
+    manager = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, include_defaults=False: manager(None, include_path, False))
+
+
+@pytest.mark.slow  # reads the list of lm-eval's own tasks
+def test_lm_evals_own_tasks_are_known() -> None:
     with pytest.raises(ConfigError, match="--tasks helaswag: lm-eval knows no task 'helaswag'; did you mean 'hellaswag'"):
         open_tasks(Questions(("helaswag",)))
+
+
+@pytest.mark.usefixtures("without_lm_evals_own")
+def test_unknown_task_is_a_sentence_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=f"validation.tasks tiny_choise: lm-eval knows no task 'tiny_choise'; did you mean 'tiny_choice'.*{tmp_path}"
     ):
@@ -77,6 +91,7 @@ def test_data_that_cannot_be_had_is_a_sentence_that_names_the_task(tmp_path: Pat
         open_tasks(Questions(("tiny_choice",), str(folder)))
 
 
+@pytest.mark.slow  # reads the list of lm-eval's own tasks
 def test_task_that_would_download_without_a_network_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="the task 'arc_easy' cannot be opened: "):
