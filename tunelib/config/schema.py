@@ -376,6 +376,8 @@ class Checkpoint:
     """Besides, keep the checkpoints of every so many steps for good; 0: of none."""
     keep_best: bool = False
     """Besides, keep the checkpoint with the lowest validation loss."""
+    load_best_at_end: bool = False
+    """Export the weights with the lowest validation loss instead of the last; each new lowest one is saved when it is found."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """Save in the background, from a copy in the main memory, while training goes on; "async_with_pinned_mem" copies faster from a GPU."""
     sha256: bool = False
@@ -455,6 +457,16 @@ class Validation:
     """Prompts answered greedily before and after training; written to samples.jsonl."""
     max_new_tokens: Count = 64
     """Longest answer to a prompt, in tokens."""
+    patience: Count | None = None
+    """End the run after so many validations in a row without a new lowest loss. Unset: never."""
+    tasks: tuple[str, ...] = ()
+    """Names of lm-eval's tasks, or of those in task_path, which are scored where the loss is measured (needs the extra "eval")."""
+    task_path: Path = ""
+    """A folder with task files (.yaml) of your own."""
+    task_limit: Count | None = None
+    """Only the first so many documents of each task. Unset: all."""
+    task_chat_template: bool = False
+    """Ask the tasks' questions as the message of a user, in the chat template that the data is trained with."""
 
 
 @dataclass(frozen=True)

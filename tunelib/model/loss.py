@@ -3,6 +3,7 @@
 T trained tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +42,28 @@ def summed_loss(hidden: Tensor, labels: Tensor, head: Tensor, share: VocabularyS
 def capped(logits: Tensor, softcap: float) -> Tensor:
     """Logits between -softcap and softcap, by cap · tanh(x / cap) (Gemma 2, section 2); 0: as they are."""
     return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def token_scores(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], softcap: float = 0.0) -> Tensor:
+    """What a model thinks of each labelled place, (T, 2) in float32 or better: the label's log-probability in nats, and the id of the most probable
+    token (which float32 holds exactly).
+
+    Args:
+        hidden: (B, S, hidden) after the last norm.
+        labels: (B, S), IGNORED where nothing is asked.
+        head: hidden states (t, hidden) → logits (t, V); called at labelled positions only, some at a time.
+        softcap: logits are held within ± this; 0 for no limit.
+    """
+    asked = labels != IGNORED
+    chosen, wanted = hidden[asked], labels[asked]  # (T, hidden), (T)
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    scores = torch.empty(len(wanted), 2, dtype=precise, device=hidden.device)
+    for begin in range(0, len(wanted), POSITIONS_AT_ONCE):
+        at_once = slice(begin, begin + POSITIONS_AT_ONCE)
+        logits = capped(head(chosen[at_once]).to(precise), softcap)  # (t, V)
+        scores[at_once, 0] = logits.gather(1, wanted[at_once, None]).squeeze(1) - logits.logsumexp(1)
+        scores[at_once, 1] = logits.argmax(1).to(precise)
+    return scores
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -314,6 +314,13 @@ CASES: dict[str, Case] = {
     "idle: load_step": add("[checkpoint]\nenable_checkpoint = true\nresume = 'never'\nload_step = 5"),
     "idle: validation, switched off in the same file": add("[validation]\nenable = false\nfreq = 5"),
     "idle: on the command line, switched off in the file": add("[validation]\nenable = false", "--validation.freq", "5"),
+    "idle: patience without validation": add("[validation]\npatience = 3"),
+    "patience of no validations": add("[validation]\nenable = true\nfraction = 0.1\npatience = 0"),
+    "idle: folder of tasks, but no task": add("[validation]\nenable = true\nfraction = 0.1\ntask_path = 'tasks'\ntask_chat_template = true"),
+    "idle: best weights of none that is kept": add(
+        "[checkpoint]\nenable_checkpoint = true\nload_best_at_end = true\n[validation]\nenable = true\nfraction = 0.1"
+    ),
+    "idle: best weights without checkpoints": add("[checkpoint]\nload_best_at_end = true"),
     "idle: max_new_tokens": add("[validation]\nenable = true\nfraction = 0.1\nmax_new_tokens = 5"),
     "idle: optimizer": add("[optimizer]\nname = 'SGD'\nbeta1 = 0.5"),
     "8 bits: columns": add('[optimizer]\nname = "AdamW8bit"\n[parallelism]\ntensor_parallel_degree = 2', world_size=2),
