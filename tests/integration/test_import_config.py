@@ -113,11 +113,11 @@ def test_torchtunes_own_configs_are_imported_or_refused() -> None:
         passed.append(path)
         assert imported.problems == (), path
         assert [what for what, why in imported.translation.lost.items() if "known here" in why] == [], path
-    assert len(passed) >= 55
+    assert len(passed) >= 53
     assert all(len(error.problems) == 1 and str(error).startswith(f"{path}: ") for path, error in refused.items())
     llamas = [path for name in ("llama2", "llama3", "llama3_1", "llama3_2", "llama3_3") for path in (folder / name).glob("*.yaml")]
     tuning = [
         path for path in llamas if any(word in path.stem for word in ("full", "lora", "dora")) and "dpo" not in path.stem and "KD" not in path.stem
     ]
-    assert len(tuning) >= 50
+    assert len(tuning) >= 48
     assert set(tuning) <= set(passed)

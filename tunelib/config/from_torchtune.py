@@ -165,9 +165,11 @@ def find_model(source: Source) -> tuple[str, str]:
         needed.append("dataset._component_")
     if needed:
         raise ConfigError(f"{source.file}: is no recipe of torchtune: it lacks {', '.join(needed)}; give the config of a fine-tuning recipe")
-    architecture = FAMILIES.get(family) or next((FAMILIES[name] for name in FAMILIES if re.fullmatch(rf"(q?lora_)?{name}(_[0-9].*)?", builder)), "")
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(f"{source.file}: {source.show('model._component_')}: tunelib trains {', '.join(ARCHITECTURES)}, and this is none of them")
+    if not family:
+        family = next((name for name in FAMILIES if re.fullmatch(rf"(q?lora_)?{name}(_[0-9]+b)?", builder)), "")
+    if FAMILIES.get(family) not in ARCHITECTURES:
+        message = f"tunelib trains {', '.join(ARCHITECTURES)}, and this is none of them; give the config of one that is"
+        raise ConfigError(f"{source.file}: {source.show('model._component_')}: {message}")
     return family, builder
 
 
