@@ -158,7 +158,7 @@ def find_model(source: Source) -> tuple[str, str]:
             raise ConfigError(f"{source.file}: this recipe {does} ('{key}'), which has no config here; fine-tuning recipes can be imported")
     if "rlhf" in str(source.values.get("loss._component_")):
         raise ConfigError(f"{source.file}: this recipe is preference training ({source.show('loss._component_')}), which has no config here")
-    component = str(source.take("model._component_", ""))
+    component = str(source.values.get("model._component_", ""))
     family, builder = [*component.split("."), ""][-3:-1] if component.count(".") else ("", component)
     needed = [key for key in ("model._component_", "optimizer._component_") if key not in source.values]
     if not has_data(source):
@@ -182,7 +182,7 @@ def translate_weights(found: Translation) -> None:
     """The checkpointer's folder, the run folder, and the tokenizer's folder where it is another one."""
     source = found.source
     folder = str(source.values.get("checkpointer.checkpoint_dir") or "")
-    component = last_name(source.take("checkpointer._component_"))
+    component = last_name(source.values.get("checkpointer._component_"))
     if not folder:
         raise ConfigError(f"{source.file}: there is no checkpointer.checkpoint_dir, the folder with the model; add it")
     why = "torchtune's own names are not read: give a Hugging Face or Meta folder" if "TorchTune" in component else ""
@@ -425,8 +425,7 @@ def translate_metrics(found: Translation) -> None:
     if source.take("profiler.enabled"):
         found.put("profiling.enable_profiling", True, "profiler.enabled")
     elif any(key.startswith("profiler.") for key in source.values):
-        source.take_all("profiler")
-        found.needless["profiler"] = "it is off"
+        found.spare(source.take_all("profiler"), "the profiler is off")
 
 
 def last_name(component: object) -> str:

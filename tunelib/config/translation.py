@@ -137,12 +137,15 @@ class Translation:
         self.lost[line.comment] = reason
 
     def finish(self) -> None:
-        """Take back what has no effect beside the rest, and list what nobody has looked at."""
+        """Take back what has no effect beside the rest; list what nobody has looked at, and what was looked at and is not to be seen."""
         while idle := next(list_idle(self.settings(), set()), None):
             setting, need = idle
             self.needless[self.lines.pop(setting.key).comment] = f"without effect while {need.switch} is {show_switch(need.switch, self.lines)}"
         for key in self.source.left():
             self.lose(key, f"no key of {self.trainer}'s that is known here", self.source.values[key])
+        lines = [line.comment for table in (self.lines, *self.tables) for line in table.values()]
+        shown = "\n".join([*lines, *self.lost, *self.needless])
+        self.spare([key for key in self.source.values if f"{key} = " not in shown], "as it is here")
 
     def settings(self) -> dict[str, Setting]:
         return {key: Setting(key, line.value, Origin(1, self.source.file)) for key, line in self.lines.items()}
