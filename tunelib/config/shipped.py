@@ -13,7 +13,6 @@ from tunelib.config.fields import find_nearest
 from tunelib.config.layers import SHIPPED_CONFIGS
 from tunelib.config.load import read_written
 from tunelib.errors import ConfigError
-from tunelib.files import replace_file
 
 HEAD = re.compile(
     r"^# For (?P<machine>[^:\n]+): (?P<gib>[0-9.]+) GiB(?: on each)?, says scripts/estimate_memory\.py FILE (?P<words>--ngpu .*)$", re.M
@@ -78,7 +77,7 @@ def copy_shipped(name: str, target: Path, folder: Path = SHIPPED_CONFIGS) -> lis
     except OSError as error:
         raise ConfigError(f"{target}: no folder can be made there: {error.strerror}; give another one") from None
     for path, content in contents.items():
-        replace_file(path, content)
+        path.write_bytes(content)
     return list(contents)
 
 
