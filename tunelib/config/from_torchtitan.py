@@ -23,6 +23,8 @@ DEBUG_MODEL = {
     "rope_theta": 500000.0,
 }
 """The flavor "debugmodel" of llama3, whose vocabulary is the tokenizer's."""
+TOKENIZER_KEYS = ("model.hf_assets_path", "model.tokenizer_path")
+"""The newer goes before the older."""
 MEANT_OTHERWISE = ("training.dataset", "training.dataset_path", "validation.dataset", "validation.dataset_path", "training.batch_size")
 """Keys that ``renamed.py`` has, but whose values become something else."""
 ALSO_RENAMED = {
@@ -69,6 +71,9 @@ NEEDLESS = {
     "model.norm_type": "the norm is the model's own, RMSNorm",
     "training.gc_freq": "Python collects garbage when it likes",
     "training.gc_debug": "Python collects garbage when it likes",
+    "training.dataloader": "a thread makes the rows of the next step",
+    "validation.dataloader": "a thread makes the rows of the next step",
+    "parallelism.context_parallel_load_balancer": "rows are always cut evenly, from head and tail",
     "training.data_parallel_type": "parameters are always sharded by FSDP2",
     "compile.components": "layers are compiled, and the loss needs no compiling",
     "compile.model": "layers are compiled, and the loss needs no compiling",
@@ -76,7 +81,7 @@ NEEDLESS = {
     "parallelism.enable_compiled_autograd": "layers are compiled with their backward pass",
     "checkpoint.initial_load_in_hf_quantized": "the form of checkpoint.initial_load_path is seen from its files",
 }
-"""Key → why it needs no setting."""
+"""Key, or what it is in → why it needs no setting."""
 REASONS = {
     "job.custom_config_module": "settings are those of docs/config.md",
     "model.converters": "float8 and MX training are not built yet",
@@ -91,6 +96,9 @@ REASONS = {
     "parallelism.pipeline_parallel_first_stage_less_layers": "stages are balanced by work",
     "parallelism.pipeline_parallel_last_stage_less_layers": "stages are balanced by work",
     "parallelism.pipeline_parallel_schedule_csv": "a schedule has one of torch's names",
+    "lr_scheduler.total_steps": "the decay ends with the run; lr_scheduler.min_lr_factor ends it higher",
+    "parallelism.expert_parallel_comm_backend": "expert parallelism is not built yet",
+    "parallelism.pipeline_parallel_expert_parallel_overlap": "expert parallelism is not built yet",
     "parallelism.expert_tensor_parallel_degree": "expert parallelism is not built yet",
     "checkpoint.enable_first_step_checkpoint": "scripts/check_resume.py tries a save beforehand",
     "checkpoint.load_only": "checkpoint.initial_load_path loads without saving",
@@ -117,7 +125,7 @@ def translate_torchtitan(source: Source, ngpu: int = 0) -> Translation:
     found = Translation(source, "torchtitan")
     spellings = {find_today(key): key for key in source.values}
     translate_job(found)
-    translate_model(found, spellings)
+    translate_model(found)
     translate_rest(found)
     translate_batch(found, spellings, ngpu)
     translate_data(found)
@@ -143,12 +151,13 @@ def translate_job(found: Translation) -> None:
         found.spare("job.dump_folder", "each run has a folder of its own, ./outputs/<name of the file>")
 
 
-def translate_model(found: Translation, spellings: dict[str, str]) -> None:
+def translate_model(found: Translation) -> None:
     """A size by its name, unless weights say what the model is; and the tokenizer's folder."""
     source = found.source
     name, flavor = str(source.take("model.name", "llama3")), str(source.take("model.flavor", "debugmodel"))
-    path_key = spellings.get("model.tokenizer_path", "model.tokenizer_path")
+    path_key = next((key for key in TOKENIZER_KEYS if key in source.values), TOKENIZER_KEYS[0])
     path = str(source.take(path_key, "./tests/assets/tokenizer"))
+    found.spare([key for key in TOKENIZER_KEYS if key != path_key], f"{path_key} goes before it")
     weights = source.values.get("checkpoint.initial_load_path")
     if os.path.basename(path).endswith((".model", ".json")):
         path, file = os.path.split(path)
@@ -197,8 +206,8 @@ def translate_rest(found: Translation) -> None:
             found.put(today, [part.strip() for part in value.split(",") if part.strip()], key)
         elif today in FIELDS:
             found.put(today, value, key)
-        elif key in NEEDLESS:
-            found.spare(key, NEEDLESS[key])
+        elif needless := NEEDLESS.get(key) or NEEDLESS.get(key.rpartition(".")[0]):
+            found.spare(key, needless)
         elif (switch := find_switch(key)) and not found.source.values.get(switch):
             found.spare(key, f"{switch} is off")
         else:

@@ -113,6 +113,8 @@ local_batch_size = 1
 global_batch_size = 16
 dataset = "c4"
 dtype = "float32"
+[training.dataloader]
+num_workers = 2
 [parallelism]
 expert_parallel_degree = 1
 pipeline_parallel_first_stage_less_layers = 0
