@@ -2,7 +2,9 @@
 
 import importlib.util
 import re
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -52,6 +54,23 @@ def test_memory_is_what_the_script_estimates(shipped: Shipped, monkeypatch: pyte
     assert peak[1] == shipped.memory_gib
     gpu = re.search(r"GPUs? of ([0-9]+) GB", shipped.machine)
     assert gpu is None or float(peak[1]) < 0.9 * int(gpu[1])
+
+
+def test_program_lists_and_copies(tmp_path: Path) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, str(ROOT / "scripts/configs.py"), *words], capture_output=True, text=True, timeout=60, check=False)
+
+    lines = run("ls").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [shipped.name for shipped in SHIPPED]
+    assert all(
+        shipped.machine in line and f"{shipped.memory_gib} GiB  {shipped.description}" in line for shipped, line in zip(SHIPPED, lines, strict=True)
+    )
+    copied = run("cp", "llama2_7b_lora", str(tmp_path))
+    assert (copied.returncode, copied.stderr) == (0, "")
+    assert copied.stdout.endswith(f"based on llama2_7b_full.toml beside it; train it with: ./run_train.sh {tmp_path / 'llama2_7b_lora.toml'}\n")
+    assert load_config([str(tmp_path / "llama2_7b_lora.toml")]).config.lora.rank == 8
+    wrong = run("cp", "llama_7b", str(tmp_path))
+    assert (wrong.returncode, wrong.stderr) == (2, "no config llama_7b is shipped; did you mean llama2_7b_full?\n")
 
 
 def estimate_script() -> ModuleType:

@@ -14,7 +14,7 @@ from tunelib.config.fields import FIELDS, SECTIONS, TABLE_FIELDS, convert_value,
 from tunelib.config.renamed import UNBUILT
 from tunelib.config.settings import Origin, Setting
 
-OFF = (None, False, 0, "", (), [], "none", "disabled")
+OFF: tuple[object, ...] = (None, False, 0, "", (), [], "none", "disabled")
 """Values that say that something is not wanted."""
 WIDTH = 40
 """Columns before a line's comment, where the line is not longer."""
