@@ -70,7 +70,7 @@ def test_program_lists_and_copies(tmp_path: Path) -> None:
     assert copied.stdout.endswith(f"based on llama2_7b_full.toml beside it; train it with: ./run_train.sh {tmp_path / 'llama2_7b_lora.toml'}\n")
     assert load_config([str(tmp_path / "llama2_7b_lora.toml")]).config.lora.rank == 8
     wrong = run("cp", "llama_7b", str(tmp_path))
-    assert (wrong.returncode, wrong.stderr) == (2, "no config llama_7b is shipped; did you mean llama2_7b_full?\n")
+    assert (wrong.returncode, wrong.stderr) == (2, "no config llama_7b is shipped; did you mean llama2_7b_lora?\n")
 
 
 def estimate_script() -> ModuleType:
