@@ -121,7 +121,7 @@ def main(argv: list[str]) -> None:
                 if documents.held_out is not None:
                     held_out = HeldOutData(documents.held_out, training.seq_len, config.dataset.packing, share)
                 prompts = encode_prompts(section.prompts, words.tokenizer, words.template)
-                exam = open_exam(section, words.tokenizer, words.template, weights.config.max_position_embeddings, micro_batch * training.seq_len)
+                exam = open_exam(section, words.tokenizer, words.template, weights.config.max_position_embeddings, share.rows * training.seq_len)
 
             # How the weights will leave: in the form they came in, with the words that were trained on.
             own_template = words.template.source if words and words.template and config.dataset.chat_template else None
