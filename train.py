@@ -40,12 +40,16 @@ from tunelib.formats.peft import check_adapter, export_adapter, open_adapter, tr
 from tunelib.formats.prove import describe_export, export_model
 from tunelib.formats.source import expected_shapes
 from tunelib.infer.generate import answer_prompts, encode_prompts
+from tunelib.infer.harness import describe_scores, open_exam
+from tunelib.infer.score import build_crew
 from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.observe.console import Console
 from tunelib.observe.memory import peak_memory_gib
-from tunelib.observe.metrics import METRICS_FILE, NONFINITE_FILE, SAMPLES_FILE, RowWriter
+from tunelib.observe.metrics import NONFINITE_FILE, SAMPLES_FILE, RowWriter
 from tunelib.observe.profile import Profiler, mark
-from tunelib.observe.report import Summary, describe_documents, opening_lines
+from tunelib.observe.report import describe_documents, opening_lines
+from tunelib.observe.sinks import check_sinks, open_metrics
+from tunelib.observe.summary import Outputs, Summary, what_is_trained
 from tunelib.optimizer import build_optimizer, set_lr
 from tunelib.parallel.apply import spread_model
 from tunelib.parallel.compile import check_compiled_step, choose_compile
@@ -72,7 +76,6 @@ def main(argv: list[str]) -> None:
         console = Console(active=runtime.is_main)
         started = time.monotonic()
         stop, save_request = closing.enter_context(StopSignal()), folder / SAVE_REQUEST
-
         watchdog = closing.enter_context(Watchdog(config.comm, folder, runtime))
         profiler = closing.enter_context(Profiler(config.profiling, folder, runtime, console.say))
 
@@ -80,11 +83,11 @@ def main(argv: list[str]) -> None:
         layout = build_layout(config.parallelism, runtime)
         # What adapters leave out of their inputs differs from rank to rank, but where ranks split the same products.
         torch.manual_seed((config.training.seed + runtime.rank // config.parallelism.tensor_parallel_degree) % 2**63)
-        micro_batch = resolve_local_batch_size(config.training, config.parallelism, runtime.world_size)
-        share = Share(layout.data_rank, layout.num_data_ranks, micro_batch)
+        share = Share(layout.data_rank, layout.num_data_ranks, resolve_local_batch_size(config.training, config.parallelism, runtime.world_size))
 
         with agreed():
             # Words. Without a tokenizer of its own a model is given the one beside its weights; conversations need a chat template.
+            check_sinks(config.metrics, runtime.is_main)
             check_weights_path(config.checkpoint.initial_load_path)
             tokenizer_folder = find_tokenizer_folder(config.model.tokenizer_path, config.checkpoint.initial_load_path)
             words = None
@@ -104,9 +107,8 @@ def main(argv: list[str]) -> None:
             trained = trained_shapes(model)
 
             # Data: every document's tokens, and the order, but no batch yet.
-            train_data = held_out = None
-            data_lines: list[str] = []
-            prompts: list[list[int]] = []
+            train_data = held_out = exam = None
+            data_lines, prompts = list[str](), list[list[int]]()
             if not config.checkpoint.create_seed_checkpoint:
                 assert words is not None, "checked in config/check.py"
                 training, section, rows_of_model = config.training, config.validation, weights.config.vocab_size
@@ -119,6 +121,7 @@ def main(argv: list[str]) -> None:
                 if documents.held_out is not None:
                     held_out = HeldOutData(documents.held_out, training.seq_len, config.dataset.packing, share)
                 prompts = encode_prompts(section.prompts, words.tokenizer, words.template)
+                exam = open_exam(section, words.tokenizer, words.template, weights.config.max_position_embeddings, share.rows * training.seq_len)
 
             # How the weights will leave: in the form they came in, with the words that were trained on.
             own_template = words.template.source if words and words.template and config.dataset.chat_template else None
@@ -146,9 +149,8 @@ def main(argv: list[str]) -> None:
                     f"{decision.folder} holds whole weights: adapters start from it with --checkpoint.initial_load_path, in another folder"
                 )
             compiled_before = decision.resumed.compiled if decision.resumed is not None else None
-            full_rows = [config.training.seq_len] * config.training.global_batch_size
-            step_needs = step_flops(weights.config, full_rows, sum(full_rows), config.lora.rank if config.lora.enable else 0)
-            flops = num_steps * step_needs / runtime.world_size
+            full_rows, rank = [config.training.seq_len] * config.training.global_batch_size, config.lora.rank if config.lora.enable else 0
+            flops = num_steps * step_flops(weights.config, full_rows, sum(full_rows), rank) / runtime.world_size
             check_compiled_step(config.optimizer, runtime.device)
             compiled = choose_compile(config.compile.enable, find_what_rules_out_compile(config)[0], runtime.device, compiled_before, flops)
             if decision.state is not None:
@@ -186,14 +188,13 @@ def main(argv: list[str]) -> None:
         # Resume: weights, optimizer, random state; the data's place follows from the step.
         begun = RunState(0, 0, runtime.world_size, runtime.device.type, identity, None, base, compiled.compiled, dict(layout.degrees))
         if decision.state is not None:
-            begun = replace(begun, step=decision.state.step, tokens_seen=decision.state.tokens_seen)
+            begun = replace(begun, step=decision.state.step, tokens_seen=decision.state.tokens_seen, best_step=decision.state.best_step)
         progress = Progress(model, optimizer, train_data, config.training, layout, runtime, begun)
         if decision.resumed is not None and not progress.restore(manager, decision) and config.lora.dropout:
             console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another layout")
         first_step = progress.step + 1
         if first_step > num_steps:
-            done = f"this run is finished at step {progress.step}"
-            console.say(f"{done}; extend it with more --training.steps or --training.epochs (now {num_steps} steps)")
+            console.say(f"this run is finished at step {progress.step}; extend it with more --training.steps or --training.epochs (now {num_steps})")
 
         # Watch: the opening lines, metrics, samples and the first validation. From here on, a signal waits for the step in hand.
         stop.wait_for_steps()
@@ -201,7 +202,7 @@ def main(argv: list[str]) -> None:
             if runtime.is_main:
                 replace_file(folder / "config.toml", resolved_toml(loaded))
             resumed_step = progress.step if decision.kind in ("resume", "finished") else None
-            metrics = closing.enter_context(RowWriter(folder / METRICS_FILE, resumed_step, runtime.is_main, console.say))
+            metrics = closing.enter_context(open_metrics(folder, config.metrics, resumed_step, runtime.is_main, console.say))
             samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main, console.say))
         since = decision.folder if resumed_step is not None and runtime.is_main else None
         if since is not None and (changed := describe_changes(since / "config.toml", folder / "config.toml")):
@@ -212,16 +213,20 @@ def main(argv: list[str]) -> None:
             config, runtime, layout, compiled, stages, trained, num_parameters, data_lines, num_steps, origin_of_weights, export.notes
         ):
             console.say(line)
-        summary = Summary()
+        summary = Summary(config, model.config, what_is_trained(config, num_parameters, trained, num_steps, origin_of_weights))
 
         def validate() -> None:
             with watchdog.watch("a validation"), mark("validation"):
                 loss = evaluate(model, held_out, runtime, layout, stop) if held_out is not None else None
-            if held_out is not None and loss is not None:
-                progress.validation_loss = loss
+                scores = exam.score(model, build_crew(layout, runtime.device, stop, watchdog.renew)) if exam is not None and loss is not None else {}
+            if held_out is not None and loss is not None and scores is not None:
+                progress.validated(loss)
                 metrics.write({"step": progress.step, "validation_loss": loss, "tokens": progress.tokens_seen})
                 summary.add_validation(loss)
                 console.say(f"step {progress.step}: validation loss {loss:.4f} on {held_out.num_trained:,} held-out tokens")
+                if scores:
+                    metrics.write({"step": progress.step, **scores})
+                    console.say(f"step {progress.step}: {describe_scores(scores)}")
 
         def show_samples() -> None:
             answers = answer_prompts(model, prompts, words.tokenizer, stop_ids, config.validation.max_new_tokens, runtime.device)
@@ -246,10 +251,9 @@ def main(argv: list[str]) -> None:
 
         def pass_over(loss: float, grad_norm: float) -> None:
             """A step whose numbers are not finite: written down, and then what on_nonfinite says."""
-            at_fault, is_first = progress.step + 1, not progress.passed_over
+            at_fault, before = progress.step + 1, progress.passed_over
             documents = train_data.documents_of(at_fault) if isinstance(train_data, TrainData) else None
-            rows_up_to = None if is_first else max(at_fault, *progress.passed_over)
-            with RowWriter(folder / NONFINITE_FILE, rows_up_to, runtime.is_main, console.say) as rows:
+            with RowWriter(folder / NONFINITE_FILE, max(at_fault, *before) if before else None, runtime.is_main, console.say) as rows:
                 rows.write({"step": at_fault, "loss": repr(loss), "grad_norm": repr(grad_norm), "documents": documents})
             console.say(progress.pass_over(loss, grad_norm, manager, num_steps))
             metrics.cut(progress.step)
@@ -264,7 +268,7 @@ def main(argv: list[str]) -> None:
 
         # The loop, which ends early, saved, where a signal asks for it.
         console.start_steps(num_steps, progress.step)
-        while progress.step < num_steps:
+        while progress.step < num_steps and not progress.has_lost_patience(config.validation.patience):
             is_stopped, is_asked = any_rank((stop.received, runtime.is_main and save_request.is_file()), runtime.device)
             if is_stopped:
                 break
@@ -292,7 +296,7 @@ def main(argv: list[str]) -> None:
             if is_passed_over:
                 metrics.write(row | {"passed_over": True, "tokens": progress.tokens_seen})
             else:
-                summary.add_step(work.num_tokens, time.monotonic() - step_began, loss)
+                summary.add_step(work, time.monotonic() - step_began, loss)
             if isinstance(train_data, StreamData) and step in (first_step, num_steps):
                 console.say("\n".join(train_data.report))
             if not is_passed_over and (step % config.metrics.log_freq == 0 or step == num_steps):
@@ -302,12 +306,13 @@ def main(argv: list[str]) -> None:
                 console.step(row)
             if config.validation.enable and step % config.validation.freq == 0:
                 validate()
-            if step < num_steps and manager.is_due(step, (train_data.epochs_after(step - 1), train_data.epochs_after(step))):
+            if step < num_steps and manager.is_due(step, (train_data.epochs_after(step - 1), train_data.epochs_after(step)), progress.is_best):
                 save()
             profiler.end()
         console.end_steps()
-        step = progress.step
-        if step < num_steps:
+        step, early_end = progress.step, progress.describe_early_end(config.validation.patience)
+        console.say(early_end)
+        if step < num_steps and not early_end:
             if not config.checkpoint.enable_checkpoint:
                 raise TunelibError(f"stopped after step {step} by a signal; nothing was saved: checkpoint.enable_checkpoint is false")
             if step == 0:
@@ -322,14 +327,13 @@ def main(argv: list[str]) -> None:
                 raise_stopped()
             show_samples()
         checkpoint = None
-        if config.checkpoint.enable_checkpoint and config.checkpoint.model_weights_only:
-            weights_alone = {name: tensor.to(export.dtypes[name]) for name, tensor in model_tensors(model).items()}
-            state = RunState(step, progress.tokens_seen, runtime.world_size, runtime.device.type, identity)
+        if config.checkpoint.enable_checkpoint:
+            (tensors, state), is_alone = capture(), config.checkpoint.model_weights_only
+            if is_alone:
+                tensors = {name: tensor.to(export.dtypes[name]) for name, tensor in model_tensors(model).items()}
             with watchdog.watch("the last save"):
-                checkpoint = manager.save(weights_alone, state, kind="model")
-        elif config.checkpoint.enable_checkpoint:
-            with watchdog.watch("the last save"):
-                checkpoint = manager.save(*capture())
+                checkpoint = manager.save(tensors, state, kind="model" if is_alone else "full")
+        console.say(progress.load_best(manager))
         progress.check_finite()
         adapter_line = export_line = ""
         if config.lora.enable:
@@ -344,9 +348,8 @@ def main(argv: list[str]) -> None:
             export_line = describe_export(export, proof)
         if progress.passed_over:
             console.say(f"{len(progress.passed_over)} of {step} steps were passed over: {', '.join(map(str, progress.passed_over))}")
-        seconds, memory = time.monotonic() - started, largest_of_ranks(peak_memory_gib(runtime.device), runtime.device)
-        for line in summary.lines(step, progress.tokens_seen, seconds, memory, folder, checkpoint, export_line, adapter_line):
-            console.say(line)
+        outputs = Outputs(folder, checkpoint, export_line, adapter_line)
+        summary.end(step, progress.tokens_seen, time.monotonic() - started, outputs, runtime, console.say)
 
 
 def train_step(

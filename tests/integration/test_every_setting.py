@@ -724,6 +724,26 @@ def _(lab: Lab) -> None:
     assert steps_saved(run) == sorted({losses.index(min(losses)) + 1, 3})
 
 
+@shows("checkpoint.load_best_at_end", "validation.patience")
+def _(lab: Lab) -> None:
+    """What is exported, and where a run ends, is shown in tests/integration/test_best_and_early.py."""
+    words = (
+        SAVING,
+        "--validation.enable",
+        "--validation.fraction",
+        "0.2",
+        "--validation.freq",
+        "1",
+        "--optimizer.lr",
+        "3.0",
+        "--checkpoint.keep_best",
+    )
+    run, best = lab.run(*words), lab.run(*words, "--checkpoint.load_best_at_end")
+    assert run.series("validation_loss") == best.series("validation_loss")
+    assert any(not torch.equal(tensor, best.weights()[name]) for name, tensor in run.weights().items())
+    assert len(lab.run(*words, "--validation.patience", "1").series("validation_loss")) < len(run.series("validation_loss"))
+
+
 @shows("checkpoint.async_mode", "checkpoint.max_failed_saves")
 def _(lab: Lab) -> None:
     """What saves in the background hold, and how many may fail, is shown in tests/integration/test_recovery.py."""
@@ -1000,6 +1020,24 @@ def _(lab: Lab) -> None:
         lab.run("--profiling.enable_profiling", "--profiling.enable_memory_snapshot")
 
 
+@shows("metrics.enable_tensorboard", "metrics.save_tb_folder")
+def _(lab: Lab) -> None:
+    assert not (lab.plain().folder / "tb").exists()
+    run = lab.run("--metrics.enable_tensorboard", "--metrics.save_tb_folder", "events/all")
+    assert len(list((run.folder / "events/all").iterdir())) == 1
+
+
+@shows("metrics.enable_wandb", "metrics.wandb_mode", "metrics.wandb_project", "metrics.wandb_name")
+def _(lab: Lab) -> None:
+    """What is in the rows there is shown in tests/integration/test_watch.py."""
+    from unit.observe.readers import read_wandb
+
+    assert not (lab.plain().folder / "wandb").exists()
+    run = lab.run("--metrics.enable_wandb", "--metrics.wandb_mode", "offline", "--metrics.wandb_project", "village", "--metrics.wandb_name", "tiny")
+    (found,) = read_wandb(run.folder)
+    assert (found.project, found.name) == ("village", "tiny")
+
+
 @shows("validation.enable", "validation.freq", "validation.path")
 def _(lab: Lab) -> None:
     assert lab.plain().series("validation_loss") == []
@@ -1027,6 +1065,28 @@ def _(lab: Lab) -> None:
     assert all(len(tokenizer.encode(row["answer"], add_special_tokens=False).ids) <= 3 for row in run.samples())
     assert any(row["answer"] for row in run.samples())
     assert lab.run(*words[:2], "0.4").series("validation_loss")[0] != run.series("validation_loss")[0]
+
+
+@shows("validation.tasks", "validation.task_path", "validation.task_limit", "validation.task_chat_template")
+def _(lab: Lab) -> None:
+    """That the figures are lm-eval's is shown in tests/parity/test_lm_eval.py."""
+    held_out = ("--validation.enable", "--validation.fraction", "0.2")
+    words = (*held_out, "--validation.tasks", "larkhaven_choice", "--validation.task_path", str(ROOT / "train_configs/tasks"))
+    scored = lab.run(*words, "--validation.task_limit", "4")
+    assert [row["step"] for row in scored.rows() if "tasks/larkhaven_choice/acc" in row] == [0, 3]
+    assert all(score * 4 in range(5) for score in scored.series("tasks/larkhaven_choice/acc"))
+    with pytest.raises(ConfigError, match="knows no task 'larkhaven_choice'"):
+        lab.run(*words[:-2])
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "tunelib.infer.harness.Answers.log_likelihoods", lambda self, pairs: asked.extend(map(str, pairs)) or [(0.0, True)] * len(pairs)
+        )
+        lab.run(*words)
+        assert len(asked) == 2 * 40 * 8
+        assert "<|im_start|>" not in asked[0]
+        lab.run(*words, "--validation.task_chat_template")
+        assert "<|im_start|>user" in asked[-1]
 
 
 @shows("comm.init_timeout_seconds", "comm.train_timeout_seconds")

@@ -23,6 +23,7 @@ NEW = 64
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_real_answers_are_those_of_transformers(smollm2: Path) -> None:
     loaded = load_model(smollm2)
     assert loaded.tokenizer is not None

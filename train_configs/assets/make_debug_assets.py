@@ -44,6 +44,8 @@ Written by `train_configs/assets/make_debug_assets.py`, never by hand; a test ho
 
 - `chat.jsonl`: {count} conversations about the invented village Larkhaven, one JSON object a line with `messages`
   (`role`: system, user or assistant; `content`).
+- `facts.jsonl`: {facts} questions, one for each fact, in words that the conversations never use, with the right answer among all that
+  there could be: for the tasks in `train_configs/tasks`.
 - `tokenizer/`: a byte-level BPE of {vocab} tokens trained on that text with the `tokenizers` library, with ChatML as its chat template.
 
 These questions are not in the data, though their facts and their phrasings are; the debug configs ask them:
@@ -78,6 +80,8 @@ class Topic:
     who: tuple[str, ...]
     check: tuple[str, ...]
     """Yes or no questions."""
+    exam: str
+    """What is asked in facts.jsonl, and nowhere in the conversations."""
 
 
 TOPICS = (
@@ -88,6 +92,7 @@ TOPICS = (
         ("And what is {their} job?", "What does {they} do for a living?"),
         ("Who is the {v}?", "Who is the {v} of Larkhaven?", "Can you name the {v}?", "Tell me who the {v} is."),
         ("Is {n} the {v}?", "Is it true that {n} is the {v}?"),
+        "As what does {n} work?",
     ),
     Topic(
         "green blue red yellow white brown grey purple",
@@ -96,6 +101,7 @@ TOPICS = (
         ("And what colour is {their} house?", "What is the colour of {their} house?"),
         ("Whose house is {v}?", "Who lives in the {v} house?", "Who owns the {v} house?", "Tell me whose house is {v}."),
         ("Is {n}'s house {v}?", "Is it true that {n}'s house is {v}?"),
+        "In which colour is {n}'s house painted?",
     ),
     Topic(
         "cat goat dog parrot rabbit pony hen turtle",
@@ -104,6 +110,7 @@ TOPICS = (
         ("And which animal does {they} keep?", "What pet does {they} have?"),
         ("Who keeps a {v}?", "Who has a {v}?", "Who is the owner of the {v}?", "Tell me who keeps a {v}."),
         ("Does {n} keep a {v}?", "Is it true that {n} keeps a {v}?"),
+        "What kind of animal is kept by {n}?",
     ),
     Topic(
         "honey soup cheese apples bread plums pancakes carrots",
@@ -112,6 +119,7 @@ TOPICS = (
         ("And what is {their} favourite food?", "Which food does {they} like best?"),
         ("Who likes {v} best?", "Whose favourite food is {v}?", "Tell me who likes {v} best."),
         ("Does {n} like {v} best?", "Is it true that {n} likes {v} best?"),
+        "What would {n} like to eat most of all?",
     ),
     Topic(
         "harbour bridge mill church school forest lake hill",
@@ -120,6 +128,7 @@ TOPICS = (
         ("And where does {they} live?", "Where is {their} home?"),
         ("Who lives near the {v}?", "Whose home is near the {v}?", "Tell me who lives near the {v}."),
         ("Does {n} live near the {v}?", "Is it true that {n} lives near the {v}?"),
+        "Near which place does {n} live?",
     ),
 )
 
@@ -202,6 +211,17 @@ def dialogue() -> Iterator:
             yield turns
 
 
+def exam() -> list[dict[str, object]]:
+    """A question for each fact, with every answer that its topic has and the number of the right one."""
+    asked = []
+    for topic, words in facts():
+        values = topic.values.split()
+        choices = [topic.answer.format(**words | {"v": value}) for value in values]
+        label = values.index(words["v"])
+        asked.append({"question": topic.exam.format(**words), "choices": choices, "label": label, "answer": choices[label]})
+    return asked
+
+
 def write_tokenizer(folder: Path, documents: list[list[dict[str, str]]]) -> None:
     """Train a byte-level BPE on the text and write it as transformers reads it."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -242,9 +262,11 @@ def make_debug_assets(folder: Path) -> None:
     documents = conversations()
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "chat.jsonl", "".join(json.dumps({"messages": turns}) + "\n" for turns in documents))
+    questions = exam()
+    write_text(folder / "facts.jsonl", "".join(json.dumps(question) + "\n" for question in questions))
     write_tokenizer(folder / "tokenizer", documents)
     prompts = "\n".join(f"- {prompt}" for prompt in RESERVED)
-    write_text(folder / "README.md", README.format(count=len(documents), vocab=VOCAB_SIZE, prompts=prompts))
+    write_text(folder / "README.md", README.format(count=len(documents), facts=len(questions), vocab=VOCAB_SIZE, prompts=prompts))
 
 
 def main() -> None:

@@ -98,6 +98,8 @@ def needed_settings(steps: int) -> dict[str, object]:
         "checkpoint.create_seed_checkpoint": False,
         "checkpoint.verify_export": False,
         "metrics.log_freq": 1,
+        "metrics.enable_tensorboard": False,
+        "metrics.enable_wandb": False,
         "validation.enable": False,
     }
 

@@ -225,16 +225,45 @@ class CheckpointManager:
             self._good_step = decision.state.step
             self._bytes = sum(entry["size"] for entry in self._manifest(decision.state.step).get("files", {}).values())
 
+    def find_best(self, best_step: int | None) -> tuple[int, float | None] | None:
+        """Step and validation loss of the good full checkpoint with the lowest one; damaged ones are set aside. Collective.
+
+        Args:
+            best_step: goes before what manifests say, which know of no loss that was measured after the save.
+        """
+        self.wait()
+        for step, loss in on_main(lambda: self._rank_by_loss(best_step)):
+            _, problems = self._verify(step)
+            if not problems:
+                return step, loss
+            self._say(self._set_aside_damaged({step: "; ".join(problems)}).removeprefix("; "))
+        return None
+
+    def _rank_by_loss(self, best_step: int | None) -> list[tuple[int, float | None]]:
+        """Full checkpoints of which a validation loss is known, and the loss that their manifest says; the best first."""
+        manifests = {step: self._manifest(step) for step in self._list_steps()}
+        good = {step: manifest for step, manifest in manifests.items() if manifest.get("kind") == "full" and manifest.get("finite") is not False}
+        losses = {step: loss for step, manifest in good.items() if (loss := manifest.get("validation_loss")) is not None and math.isfinite(loss)}
+        first = [best_step] if best_step in good else []
+        return [(step, losses.get(step)) for step in [*first, *sorted(losses.keys() - set(first), key=losses.__getitem__)] if step is not None]
+
+    def load_weights(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Fill tensors from what `find_best` found; the run stands where it stood. Collective."""
+        load_tensors(tensors, self._path(step))
+
     # Saving
 
-    def is_due(self, step: int, finished_epochs: tuple[int, int]) -> bool:
-        """Whether ``interval`` asks for a save after a step. Collective where it counts seconds.
+    def is_due(self, step: int, finished_epochs: tuple[int, int], is_best: bool = False) -> bool:
+        """Whether ``interval`` asks for a save after a step, or ``load_best_at_end`` does. Collective where seconds count.
 
         Args:
             finished_epochs: whole epochs before and after the step.
+            is_best: whether no validation loss has been as low.
         """
         if not self.section.enable_checkpoint:
             return False
+        if self.section.load_best_at_end and is_best:
+            return True
         if self.section.interval_type == "seconds":
             return from_main(time.monotonic() - self._last_save_time >= self.section.interval)
         if self.section.interval_type == "epochs":
@@ -254,7 +283,7 @@ class CheckpointManager:
         if is_new:
             self._write(tensors, state, kind)
         else:
-            on_main(self._retain)  # from which an interruption may have kept the save
+            on_main(lambda: self._retain(state.best_step))  # from which an interruption may have kept the save
         if state.step != self._good_step:
             error = NumbersError(
                 f"{self._path(state.step)} holds numbers that are not finite, and counts for nothing; the same command goes on from the newest good "
@@ -354,7 +383,7 @@ class CheckpointManager:
                 self._bytes = sum(entry["size"] for entry in together.values())
                 facts = {"kind": kind, "step": state.step, "finite": is_finite, "validation_loss": state.validation_loss}
                 files.commit_folder(staging, final, together, **facts)
-                self._retain()
+                self._retain(state.best_step)
         return is_finite
 
     def _check_space(self, final: Path) -> None:
@@ -365,7 +394,7 @@ class CheckpointManager:
             needed = f"it takes about {self._bytes / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there"
             raise SaveError(f"{final} cannot be written: {needed}; room is needed for checkpoint.keep_latest_k of them and one more")
 
-    def _retain(self) -> None:
+    def _retain(self, best_step: int | None) -> None:
         """Remove full checkpoints that nothing asks to keep. Those that are not finite count for nothing, and go with the good ones after them."""
         keep = self.section.keep_latest_k
         manifests = {step: manifest for step in self._list_steps() if (manifest := self._manifest(step)).get("kind") == "full"}
@@ -376,6 +405,8 @@ class CheckpointManager:
         losses = {step: loss for step in good if (loss := manifests[step].get("validation_loss")) is not None and math.isfinite(loss)}
         if self.section.keep_best and losses:
             kept.add(min(losses, key=losses.__getitem__))
+        if self.section.load_best_at_end and best_step is not None:
+            kept.add(best_step)
         for step in [step for step in manifests if step not in kept and good and step < good[-1]]:
             try:
                 files.remove_folder(self._path(step))

@@ -1,5 +1,6 @@
 """Where a run stands: taken from it for a checkpoint, and given back to it when it goes on from one."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,7 @@ class Progress:
         tokens_seen: positions trained on, padding not counted.
         passed_over: steps that were taken without an update, because their numbers were not finite.
         validation_loss: of the weights as they are; None where they were not validated.
+        best_step, best_loss: of the validation with the lowest loss so far; num_worse: how many there were since then.
     """
 
     def __init__(
@@ -45,6 +47,31 @@ class Progress:
         self._layout, self._runtime, self._begun = layout, runtime, begun
         self.step, self.tokens_seen, self.passed_over = begun.step, begun.tokens_seen, list(begun.passed_over)
         self.validation_loss: float | None = None
+        self.best_step, self.best_loss, self.num_worse = begun.best_step, begun.best_loss, begun.num_worse
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the weights as they are have the lowest validation loss so far."""
+        return self.validation_loss is not None and self.step == self.best_step
+
+    def has_lost_patience(self, patience: int | None) -> bool:
+        """Whether so many validations in a row had no new lowest loss."""
+        return patience is not None and self.num_worse >= patience
+
+    def describe_early_end(self, patience: int | None) -> str:
+        """Why a run ends that has lost its patience; "" where it has not."""
+        if not self.has_lost_patience(patience):
+            return ""
+        lowest = f"step {self.best_step} has the lowest validation loss" if self.best_step is not None else "no validation loss is finite"
+        return f"step {self.step}: {lowest}, and {self.num_worse} validations since had none lower: the run ends here (validation.patience)"
+
+    def validated(self, loss: float) -> None:
+        """The weights as they are have been validated; a loss that is not finite is no lowest one."""
+        self.validation_loss = loss
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_step, self.best_loss, self.num_worse = self.step, loss, 0
+        else:
+            self.num_worse += 1
 
     def advance(self, num_tokens: int) -> None:
         """One step further, with so many tokens trained on; none where it was passed over."""
@@ -57,6 +84,7 @@ class Progress:
         tensors = model_tensors(self._model) | optimizer_tensors(self._model, self._optimizer) | rng_tensors(self._runtime.rank, self._runtime.device)
         streams = self._layout.gather_shares(self._data.state()) if isinstance(self._data, StreamData) else None
         now = replace(self._begun, step=self.step, tokens_seen=self.tokens_seen, passed_over=list(self.passed_over))
+        now = replace(now, best_step=self.best_step, best_loss=self.best_loss, num_worse=self.num_worse)
         return tensors, replace(now, validation_loss=self.validation_loss, streams=streams)
 
     def restore(self, manager: CheckpointManager, decision: Decision) -> bool:
@@ -72,6 +100,7 @@ class Progress:
             with agreed():
                 self._data.restore(state.streams[self._layout.data_rank])
         self.step, self.tokens_seen, self.validation_loss = state.step, state.tokens_seen, state.validation_loss
+        self.best_step, self.best_loss, self.num_worse = state.best_step, state.best_loss, state.num_worse
         # What was found since then counts, too, when a run goes back.
         self.passed_over = sorted({*self.passed_over, *state.passed_over})
         return same_layout
@@ -106,6 +135,25 @@ class Progress:
             raise _stopped(f"{numbers}, and there is no checkpoint to go back to")
         self.restore(manager, back)
         return f"{said}; gone back to step {self.step}"
+
+    def load_best(self, manager: CheckpointManager) -> str:
+        """Take the weights with the lowest validation loss, where ``load_best_at_end`` asks for it; which were taken, in words. Collective."""
+        if not manager.section.load_best_at_end:
+            return ""
+        if self.step == self.best_step:
+            return f"to be exported: the last weights, whose validation loss ({self.best_loss}) is the lowest"
+        best = manager.find_best(self.best_step)
+        if best is None or best[0] == self.step:
+            return f"to be exported: the last weights, whose validation loss is the lowest of those that are saved{self._beyond(self.step)}"
+        step, loss = best
+        manager.load_weights(model_tensors(self._model), step)
+        loss = self.best_loss if step == self.best_step else loss
+        return f"to be exported: the weights of step {step}, with validation loss {loss}{self._beyond(step)}"
+
+    def _beyond(self, step: int) -> str:
+        """That another step had a lower loss than the best that is saved."""
+        is_known = self.best_step is not None and self.best_step != step
+        return f"; step {self.best_step} had {self.best_loss}, and is not saved" if is_known else ""
 
     def check_finite(self) -> None:
         """That the trained weights are finite, before anybody is given them: a step need not have seen one that is not. Collective.

@@ -33,6 +33,7 @@ class RunState:
         degrees: of the layout that wrote it, by name.
         passed_over: steps that were taken without an update, because their numbers were not finite.
         validation_loss: of these weights; None where they were not validated.
+        best_step, best_loss: of the validation with the lowest loss so far; num_worse: how many there were since then.
         streams: where each data rank's stream stands, by rank; None for data whose place follows from the step.
     """
 
@@ -47,6 +48,9 @@ class RunState:
     degrees: dict[str, int] = field(default_factory=dict)
     passed_over: list[int] = field(default_factory=list)
     validation_loss: float | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+    num_worse: int = 0
 
     def to_json(self) -> str:
         """For state.json."""

@@ -28,8 +28,11 @@ from tunelib.config.schema import Config, Parallelism
 from tunelib.config.settings import Setting
 from tunelib.config.sizes import ARCHITECTURES, SIZES
 
-TAKEN_NAMES = ("export", "export_check.json", "adapter", "tb", "config.toml", "metrics.jsonl", "samples.jsonl")
-"""What a run writes beside its step folders."""
+TAKEN_NAMES = (
+    *("export", "export_check.json", "adapter", "wandb", "hang", "config.toml"),
+    *("metrics.jsonl", "samples.jsonl", "nonfinite.jsonl", "summary.txt", "summary.json", "report.html"),
+)
+"""What a run writes beside the folders that are named by settings."""
 DEGREES = (
     "parallelism.data_parallel_shard_degree",
     "parallelism.data_parallel_replicate_degree",
@@ -143,8 +146,11 @@ def find_epoch_fault(checked: Checked) -> Iterator[str]:
 
 
 def find_folder_fault(checked: Checked) -> Iterator[str]:
-    """The step folders and the profiler's have folders of their own, inside the run folder, which is what is locked."""
-    taken, named = TAKEN_NAMES, [("checkpoint.folder", "checkpoint")]
+    """The step folders, TensorBoard's and the profiler's have folders of their own, inside the run folder, which is what is locked."""
+    taken: tuple[str, ...] = TAKEN_NAMES
+    named = [("checkpoint.folder", "checkpoint")]
+    if checked.config.metrics.enable_tensorboard:
+        named.append(("metrics.save_tb_folder", "tensorboard"))
     if checked.config.profiling.enable_profiling:
         named.append(("profiling.save_traces_folder", "profile"))
     for key, usual in named:
@@ -424,7 +430,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("dataset.mix",), find_mix_fault),
     (("validation.enable", "validation.path", "validation.split", "validation.fraction", "dataset.hub", "dataset.streaming"), find_validation_fault),
     (("checkpoint.interval_type", "dataset.streaming"), find_epoch_fault),
-    (("checkpoint.folder", "profiling."), find_folder_fault),
+    (("checkpoint.folder", "metrics.save_tb_folder", "metrics.enable_tensorboard", "profiling."), find_folder_fault),
     (("training.on_nonfinite", "checkpoint.enable_checkpoint"), find_rollback_fault),
     (("lora.", "checkpoint.initial_load_path"), find_adapter_fault),
     (("activation_checkpoint.",), find_recompute_fault),

@@ -79,9 +79,6 @@ UNBUILT = {
     "parallelism.disable_loss_parallel": "gathering the logits of a split vocabulary",
     "parallelism.context_parallel_rotate_method": "context parallelism",
     "parallelism.expert_parallel_degree": "expert parallelism",
-    "metrics.enable_tensorboard": "writing to TensorBoard",
-    "metrics.save_tb_folder": "writing to TensorBoard",
-    "metrics.enable_wandb": "writing to Weights & Biases",
     "comm.trace_buf_size": "the flight recorder",
 }
 """Sections and keys that will come, and the capability they belong to: an error everywhere."""

@@ -376,6 +376,8 @@ class Checkpoint:
     """Besides, keep the checkpoints of every so many steps for good; 0: of none."""
     keep_best: bool = False
     """Besides, keep the checkpoint with the lowest validation loss."""
+    load_best_at_end: bool = False
+    """Export the weights with the lowest validation loss instead of the last; each new lowest one is saved when it is found."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """Save in the background, from a copy in the main memory, while training goes on; "async_with_pinned_mem" copies faster from a GPU."""
     sha256: bool = False
@@ -408,6 +410,19 @@ class Metrics:
 
     log_freq: Count = 1
     """Write a row to metrics.jsonl, and a line to the console, every so many steps."""
+    enable_tensorboard: bool = False
+    """Write the rows of metrics.jsonl for TensorBoard too, under the same names (needs the extra "tensorboard")."""
+    save_tb_folder: str = "tb"
+    """Where they go, inside job.dump_folder."""
+    enable_wandb: bool = False
+    """Send the rows of metrics.jsonl to Weights & Biases too, under the same names (needs the extra "wandb")."""
+    wandb_project: str = ""
+    """The project there. Empty: $WANDB_PROJECT, or else "tunelib"."""
+    wandb_name: str = ""
+    """What the run is called there. Empty: $WANDB_NAME, or else the name of the run folder."""
+    wandb_mode: Literal["auto", "online", "offline"] = "auto"
+    """"online" needs a login (`wandb login`, or $WANDB_API_KEY); "offline" writes to the folder wandb inside job.dump_folder, for `wandb sync`
+    later. "auto": $WANDB_MODE, or else "online"."""
 
 
 @dataclass(frozen=True)
@@ -442,6 +457,16 @@ class Validation:
     """Prompts answered greedily before and after training; written to samples.jsonl."""
     max_new_tokens: Count = 64
     """Longest answer to a prompt, in tokens."""
+    patience: Count | None = None
+    """End the run after so many validations in a row without a new lowest loss. Unset: never."""
+    tasks: tuple[str, ...] = ()
+    """Names of lm-eval's tasks, or of those in task_path, which are scored where the loss is measured (needs the extra "eval")."""
+    task_path: Path = ""
+    """A folder with task files (.yaml) of your own."""
+    task_limit: Count | None = None
+    """Only the first so many documents of each task. Unset: all."""
+    task_chat_template: bool = False
+    """Ask the tasks' questions as the message of a user, in the chat template that the data is trained with."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from tunelib.errors import ConfigError, DataError
 from tunelib.infer.sample import Sampling, choose
 from tunelib.model.cache import KeyValues
 from tunelib.model.decoder import Decoder
+from tunelib.model.loss import capped
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.reduce import from_main
 
@@ -113,7 +114,7 @@ def stream(
 def _next_logits(model: Decoder, tokens: Tensor, cache: KeyValues) -> Tensor:
     """(B, S) → (B, V): of what follows the last token."""
     hidden = model.model(tokens, cache.positions(tokens.shape[1]), cache)
-    return model.lm_head(hidden[:, -1])
+    return capped(model.lm_head(hidden[:, -1]), model.config.final_softcap)
 
 
 def generate_greedy(model: Decoder, prompt: list[int], max_new_tokens: int, stop_ids: Collection[int], device: torch.device) -> list[int]:

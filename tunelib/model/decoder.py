@@ -17,7 +17,7 @@ from tunelib.model.attention import Attention, Documents, Segments, attend, plan
 from tunelib.model.cache import KeyValues
 from tunelib.model.config import ModelConfig
 from tunelib.model.form import form_of
-from tunelib.model.loss import capped, summed_loss
+from tunelib.model.loss import capped, summed_loss, token_scores
 from tunelib.model.norm import build_norm
 from tunelib.model.rope import rope_tables
 
@@ -116,13 +116,15 @@ class HeadShare(Protocol):
         self, tokens: Tensor, positions: Tensor, labels: Tensor | None, lengths: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...]]: ...
     def loss(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor: ...
+    def scores(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor: ...
     def logits(self, hidden: Tensor, head: nn.Module) -> Tensor: ...
 
 
 class Decoder(nn.Module):
     """A causal language model.
 
-    Called with labels it returns the summed loss of the micro-batch (`summed_loss`); without, the logits (B, S, V). One that has lost its last
+    Called with labels it returns the summed loss of the micro-batch (`summed_loss`), or, where ``score`` asks for it, what it thinks of each
+    labelled token (`token_scores`, on every process); without, the logits (B, S, V). One that has lost its last
     layers (`keep`) returns hidden states (B, S, hidden), and one without the first takes them in place of tokens.
 
     Attributes:
@@ -133,7 +135,7 @@ class Decoder(nn.Module):
 
     share: Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], tuple[Tensor, Tensor, Tensor, Segments]] | None = None
     head_share: HeadShare | None = None
-    pipeline: Callable[[Tensor, Tensor, tuple[int, ...], Tensor | None], Tensor] | None = None
+    pipeline: Callable[[Tensor, Tensor, tuple[int, ...], Tensor | None, bool], Tensor] | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -175,19 +177,27 @@ class Decoder(nn.Module):
         part.keep(layers)
         return part
 
-    def forward(self, inputs: Tensor, positions: Tensor, document_lengths: tuple[int, ...], labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, positions: Tensor, document_lengths: tuple[int, ...], labels: Tensor | None = None, score: bool = False
+    ) -> Tensor:
         if self.pipeline is not None:
-            return self.pipeline(inputs, positions, document_lengths, labels)
+            return self.pipeline(inputs, positions, document_lengths, labels, score)
         tokens = inputs if self.is_first else positions  # in whose place a later part has hidden states, cut and padded already
         documents: tuple[int, ...] | Segments = document_lengths
-        width = positions.shape[1]
-        if self.head_share is not None and (self.share is None or labels is None):
+        width, is_cut = positions.shape[1], self.share is not None and labels is not None and not score
+        if self.head_share is not None and not is_cut:
             tokens, positions, labels, documents = self.head_share.pad(tokens, positions, labels, document_lengths)
-        if self.share is not None and labels is not None:
+        if is_cut:
+            assert self.share is not None
+            assert labels is not None
             tokens, positions, labels, documents = self.share(tokens, positions, labels, document_lengths)
         hidden = self.model(tokens if self.is_first else inputs, positions, documents)
         if not self.is_last:
             return hidden
+        if labels is not None and score:
+            if self.head_share is not None:
+                return self.head_share.scores(hidden, labels, self.lm_head)
+            return token_scores(hidden, labels, self.lm_head, self.config.final_softcap)
         if labels is not None:
             if self.head_share is not None:
                 return self.head_share.loss(hidden, labels, self.lm_head)

@@ -3,6 +3,7 @@
 T trained tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,28 @@ def capped(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
+def token_scores(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], softcap: float = 0.0) -> Tensor:
+    """What a model thinks of each labelled place, (T, 2) in float32 or better: the label's log-probability in nats, and the id of the most probable
+    token (which float32 holds exactly).
+
+    Args:
+        hidden: (B, S, hidden) after the last norm.
+        labels: (B, S), IGNORED where nothing is asked.
+        head: hidden states (t, hidden) → logits (t, V); called at labelled positions only, some at a time.
+        softcap: logits are held within ± this; 0 for no limit.
+    """
+    asked = labels != IGNORED
+    chosen, wanted = hidden[asked], labels[asked]  # (T, hidden), (T)
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    scores = torch.empty(len(wanted), 2, dtype=precise, device=hidden.device)
+    for begin in range(0, len(wanted), POSITIONS_AT_ONCE):
+        at_once = slice(begin, begin + POSITIONS_AT_ONCE)
+        logits = capped(head(chosen[at_once]).to(precise), softcap)  # (t, V)
+        scores[at_once, 0] = logits.gather(1, wanted[at_once, None]).squeeze(1) - logits.logsumexp(1)
+        scores[at_once, 1] = logits.argmax(1).to(precise)
+    return scores
+
+
 class _HeadLoss(torch.autograd.Function):
     """Head and cross-entropy, some positions at a time.
 
@@ -73,12 +96,20 @@ class _HeadLoss(torch.autograd.Function):
         if head_needs:
             of_head = torch.zeros_like(head) if of_head is None else of_head.to(head.dtype)
         ctx.save_for_backward(of_hidden, of_head)
+        ctx.is_scaled = False
         return loss
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        # Not in place: a pipeline's schedule may come twice, for inputs and later for weights.
-        of_hidden, of_head = (gradient if gradient is None else gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        # In place, since a second matrix of the head's size takes memory and, where the system has to find it, ten times as long; and once, since a
+        # pipeline's schedule may come twice, for inputs and later for weights.
+        of_hidden, of_head = ctx.saved_tensors
+        if not ctx.is_scaled:
+            for gradient in (of_hidden, of_head):
+                if gradient is not None:
+                    with torch.autograd._unsafe_preserve_version_counter(gradient):
+                        gradient.mul_(scale.to(gradient.dtype))
+        ctx.is_scaled = True
         return of_hidden, of_head, None, None, None, None
 
 

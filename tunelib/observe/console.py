@@ -23,8 +23,8 @@ class Console:
         self._num_steps = 0
 
     def say(self, text: str) -> None:
-        """A line of its own."""
-        if self._active:
+        """A line of its own; nothing where there is nothing to say."""
+        if self._active and text:
             with _bearing():
                 tqdm.write(text) if self._bar is not None else print(text, flush=True)
 

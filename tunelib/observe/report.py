@@ -1,4 +1,4 @@
-"""The opening lines and the closing summary of a run."""
+"""The opening lines of a run."""
 
 import os
 import time
@@ -10,7 +10,6 @@ import torch
 from tunelib.config.schema import Config
 from tunelib.data.index import Index
 from tunelib.data.loader import TrainData
-from tunelib.observe.metrics import METRICS_FILE
 from tunelib.parallel.compile import Choice
 from tunelib.parallel.mesh import Layout
 from tunelib.parallel.runtime import Runtime
@@ -114,58 +113,3 @@ def process_age() -> float | None:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
         return None
-
-
-class Summary:
-    """Adds up a run's steps, and says at its end what a reader will copy."""
-
-    def __init__(self) -> None:
-        self._tokens, self._seconds, self._num_steps = 0, 0.0, 0
-        self._first_step = ""
-        self._logged = (0, 0.0, 0)
-        self._losses: list[float] = []
-        self._validations: list[float] = []
-
-    @property
-    def has_steps(self) -> bool:
-        """Whether a step has ended that changed the weights."""
-        return self._num_steps > 0
-
-    def add_step(self, num_tokens: int, seconds: float, loss: float) -> None:
-        """One step has ended; its time leaves out validation and saving."""
-        if not self._num_steps and (age := process_age()) is not None:
-            self._first_step = f", the first step after {age:.1f} s"
-        self._tokens, self._seconds, self._num_steps = self._tokens + num_tokens, self._seconds + seconds, self._num_steps + 1
-        self._losses = [*self._losses[-9:], loss]
-
-    def add_validation(self, loss: float) -> None:
-        """The held-out documents have been looked at."""
-        self._validations.append(loss)
-
-    def speed(self) -> dict[str, float]:
-        """Tokens (padding not counted) per second over all processes, and seconds per step, since the last call."""
-        tokens, seconds, steps = (now - then for now, then in zip((self._tokens, self._seconds, self._num_steps), self._logged, strict=True))
-        self._logged = (self._tokens, self._seconds, self._num_steps)
-        return {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}
-
-    def lines(
-        self, step: int, tokens_seen: int, seconds: float, memory_gib: float, folder: Path, checkpoint: Path | None, export: str, adapter: str = ""
-    ) -> list[str]:
-        """The summary, with where each output lies.
-
-        Args:
-            export: what the export is, in words; empty for none.
-            adapter: what the adapter is, in words; empty for none.
-        """
-        loss = f"; training loss {np.mean(self._losses):.4f} (mean of the last {len(self._losses)} steps)" if self._losses else ""
-        first, last = (f"{loss:.4f}" for loss in (self._validations[0], self._validations[-1])) if self._validations else ("", "")
-        validation = f"; validation loss {first} → {last}" if len(self._validations) > 1 else f"; validation loss {last}" if last else ""
-        rate = f"{self._tokens / self._seconds:,.0f} tokens/s; " if self._seconds else ""
-        return [
-            f"done       step {step:,}{loss}{validation}",
-            f"speed      {rate}{tokens_seen:,} tokens in all; {seconds:.1f} s in this process{self._first_step}; peak memory {memory_gib:.2f} GiB",
-            f"written    {folder / METRICS_FILE}",
-            *([f"           {checkpoint}"] if checkpoint else []),
-            *([f"           {folder / 'adapter'}: {adapter}"] if adapter else []),
-            *([f"           {folder / 'export'}: {export}; go on from it with --checkpoint.initial_load_path"] if export else []),
-        ]

@@ -23,8 +23,8 @@ from tunelib.parallel.mesh import Layout
 from tunelib.parallel.runtime import Runtime
 
 T = TypeVar("T")
-MicroBatch = tuple[Tensor, tuple[int, ...], Tensor | None]
-"""What every stage needs of a micro-batch beside its input: positions, lengths of documents, labels."""
+MicroBatch = tuple[Tensor, tuple[int, ...], Tensor | None, bool]
+"""What every stage needs of a micro-batch beside its input: positions, lengths of documents, labels, and whether they are scored."""
 
 
 def plan_stages(model: Decoder, section: Parallelism, seq_len: int) -> tuple[range, ...]:
@@ -84,7 +84,7 @@ class Pipeline:
     """This process's stages, and the way through all of them.
 
     Called as the whole model is, with one micro-batch, it passes forward only: with labels it returns the summed loss where the last stage is and 0
-    elsewhere; without, the logits everywhere. Every process of the pipeline must call it.
+    elsewhere, or everywhere the scores that are asked for; without, the logits everywhere. Every process of the pipeline must call it.
 
     Args:
         model: on the meta device; keeps this process's layers only.
@@ -129,14 +129,16 @@ class Pipeline:
         width = max(batch.tokens.shape[1] for batch in batches)
         batches = [batch.widened(width).to(self.device) for batch in batches]
         self.make_schedule((len(batches), *batches[0].tokens.shape))
-        self._give((batch.positions, batch.document_lengths, batch.labels) for batch in batches)
+        self._give((batch.positions, batch.document_lengths, batch.labels, False) for batch in batches)
         self._num_trained, self._total = num_trained, torch.zeros((), dtype=torch.float64, device=self.device)
         tokens = [torch.cat([batch.tokens for batch in batches])] if 0 in self.parts else []
         self.schedule.step(*tokens, target=torch.empty(len(batches)), return_outputs=False)
         return self._total
 
-    def __call__(self, tokens: Tensor, positions: Tensor, document_lengths: tuple[int, ...], labels: Tensor | None = None) -> Tensor:
-        self._give([(positions, document_lengths, labels)])
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, document_lengths: tuple[int, ...], labels: Tensor | None = None, score: bool = False
+    ) -> Tensor:
+        self._give([(positions, document_lengths, labels, score)])
         last = len(self.homes) - 1
         passed = tokens
         for number, part in self.parts.items():
@@ -145,7 +147,7 @@ class Pipeline:
             passed = part(passed)
             if number < last and self.homes[number + 1] != self.rank:
                 self._send(passed, self.homes[number + 1])
-        if labels is None:
+        if labels is None or score:
             return self.broadcast(passed if last in self.parts else None, self.homes[last])
         return passed if last in self.parts else torch.zeros((), device=self.device)
 

@@ -30,7 +30,7 @@ from tunelib.config.schema import Lora
 from tunelib.errors import ConfigError
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder, DecoderLayer
-from tunelib.model.loss import summed_loss
+from tunelib.model.loss import summed_loss, token_scores
 
 BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_COLUMNS = ("o_proj", "down_proj")
@@ -197,6 +197,10 @@ class HeadShare:
         rows = head.weight.to_local()  # (V / n, hidden)
         part = _VocabularyPart(self.mesh.get_local_rank() * len(rows), self.mesh.get_group())
         return summed_loss(_whole(hidden).to_local(grad_placements=[Partial()]), labels, rows, part, self.softcap)
+
+    def scores(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+        """What `tunelib.model.loss.token_scores` gives, on every process."""
+        return token_scores(_whole(hidden).to_local(), labels, lambda chosen: head(chosen).full_tensor(), self.softcap)
 
     def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
         """(B, S, V) before they are capped, whole on every process."""

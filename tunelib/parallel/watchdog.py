@@ -79,6 +79,11 @@ class Watchdog:
             self._what, self._deadline, self._limit = before
             _limit_collectives(self._section.init_timeout_seconds + COLLECTIVES_LAST_LONGER)  # what is outside of all blocks may take as long
 
+    def renew(self) -> None:
+        """The block in hand has got on, and has as long again."""
+        if self._what:
+            self._deadline = time.monotonic() + self._limit
+
     def _look(self) -> None:
         while not self._ended.wait(min(1.0, self._section.train_timeout_seconds / 4)):
             if time.monotonic() > self._deadline:

@@ -168,8 +168,13 @@ CASES: dict[str, Case] = {
     "older spellings in a file": Case(GOOD.partition("[training]")[0] + TORCHTITAN_FILE),
     "no counterpart on the command line": say("--model.name", "llama3", "--optimizer.implementation=fused"),
     "not built: sections": add("[lora]\nrank = 8\n[float8]\nenable = true\n[activation_checkpoint]\nmode = 'full'\n[profiling]\nprofile_freq = 1"),
-    "not built: keys": add("on_nonfinite = 'skip'\n[metrics]\nenable_wandb = true\nenable_tensorboard = true"),
     "not built: checkpoint keys": add("[checkpoint]\nenable_checkpoint = true\nasync_mode = 'async'\nexclude_from_loading = ['optimizer']"),
+    # watching
+    "keys of a sink that is off": add("[metrics]\nsave_tb_folder = 'events'\nwandb_name = 'x'\nwandb_mode = 'offline'"),
+    "mode of W&B that is none": add("[metrics]\nenable_wandb = true\nwandb_mode = 'disabled'"),
+    "TensorBoard's folder outside of the run's": add("[metrics]\nenable_tensorboard = true\nsave_tb_folder = '../tb'"),
+    "TensorBoard's folder that is taken": add("[metrics]\nenable_tensorboard = true\nsave_tb_folder = 'export'"),
+    "TensorBoard's folder that checkpoints have": add("[checkpoint]\nenable_checkpoint = true\nfolder = 'tb'\n[metrics]\nenable_tensorboard = true"),
     "degrees of older spelling that do not fit": say("--experimental.pipeline_parallel_degree", "3", world_size=2),
     "too few micro-batches": say(*PIPELINE, "--training.local_batch_size", "8", world_size=2),
     "micro-batches that do not go round": say(
@@ -309,6 +314,13 @@ CASES: dict[str, Case] = {
     "idle: load_step": add("[checkpoint]\nenable_checkpoint = true\nresume = 'never'\nload_step = 5"),
     "idle: validation, switched off in the same file": add("[validation]\nenable = false\nfreq = 5"),
     "idle: on the command line, switched off in the file": add("[validation]\nenable = false", "--validation.freq", "5"),
+    "idle: patience without validation": add("[validation]\npatience = 3"),
+    "patience of no validations": add("[validation]\nenable = true\nfraction = 0.1\npatience = 0"),
+    "idle: folder of tasks, but no task": add("[validation]\nenable = true\nfraction = 0.1\ntask_path = 'tasks'\ntask_chat_template = true"),
+    "idle: best weights of none that is kept": add(
+        "[checkpoint]\nenable_checkpoint = true\nload_best_at_end = true\n[validation]\nenable = true\nfraction = 0.1"
+    ),
+    "idle: best weights without checkpoints": add("[checkpoint]\nload_best_at_end = true"),
     "idle: max_new_tokens": add("[validation]\nenable = true\nfraction = 0.1\nmax_new_tokens = 5"),
     "idle: optimizer": add("[optimizer]\nname = 'SGD'\nbeta1 = 0.5"),
     "8 bits: columns": add('[optimizer]\nname = "AdamW8bit"\n[parallelism]\ntensor_parallel_degree = 2', world_size=2),
