@@ -7,7 +7,7 @@ from conftest import TOKENIZER, Run, run_processes, write_chats
 from families import CASES, FIRST_CASES, make_family
 
 FLOAT64_RELATIVE, FLOAT32_ROUNDING = 1e-9, 1e-7
-STEPS = 4
+STEPS = 3
 LAYOUTS = {
     "shard": [],
     "tensor": ["--parallelism.tensor_parallel_degree", "2"],
@@ -60,7 +60,7 @@ def words_of(folder: Path, case: str, target: Path) -> list[str]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(layout, marks=[] if layout == "tensor" else [pytest.mark.slow]) for layout in LAYOUTS])
 def test_two_processes_train_every_family_as_one(one: Path, tmp_path: Path, layout: str) -> None:
     run_processes([[*words_of(one, case, tmp_path / case), *LAYOUTS[layout]] for case in CASES_OF[layout]], 2, timeout=400)
     for case in CASES_OF[layout]:
