@@ -184,7 +184,7 @@ def test_pipeline_has_its_micro_batches(tmp_path: Path) -> None:
     assert (config.checkpoint.enable_checkpoint, config.checkpoint.interval) == (True, 5)
     needless = imported.translation.needless
     assert needless['activation_checkpoint.selective_ac_option = "2"'] == 'without effect while activation_checkpoint.mode is "none"'
-    assert needless['profiling.save_traces_folder = "trace"'] == "profiling.enable_profiling is off"
+    assert needless['profiling.save_traces_folder = "trace"'] == "without effect while profiling.enable_profiling is false"
 
 
 def test_global_batch_follows_the_processes(tmp_path: Path) -> None:
