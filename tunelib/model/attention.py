@@ -122,8 +122,8 @@ def attend_per_document(q: Tensor, k: Tensor, v: Tensor, document_lengths: tuple
         return document_attention(*rows, document_lengths, form.scale, form.softcap, form.window)[0].unflatten(0, q.shape[:2])
     attended = []
     # split's backward is one concatenation; slices would each fill a gradient of full size.
-    for of_document in zip(*(tensor.split(document_lengths) for tensor in rows), strict=True):  # (L, H, D), (L, K, D)
-        attended.append(_attend_to_end(*of_document, form=form))
+    for q_i, k_i, v_i in zip(*(tensor.split(document_lengths) for tensor in rows), strict=True):  # (L, H, D), (L, K, D)
+        attended.append(_attend_to_end(q_i, k_i, v_i, form))
     return torch.cat(attended).unflatten(0, q.shape[:2])
 
 
@@ -135,7 +135,7 @@ def _attend_to_end(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tens
         k, v = k[begin:], v[begin:]
         seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(first - begin)
         seen = seen.triu(first - begin - form.window + 1) if form.window else seen
-    return attend_to_seen(*(_heads_first(tensor) for tensor in (q, k, v)), seen=seen, form=form).squeeze(0).transpose(0, 1)
+    return attend_to_seen(_heads_first(q), _heads_first(k), _heads_first(v), seen, form).squeeze(0).transpose(0, 1)
 
 
 def _heads_first(rows: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def _document_attention_backward(
     pieces = (tensor.split(lengths) for tensor in (of_out, q, k, v, out, sums, of_q, of_k, of_v))
     for of_out_i, q_i, k_i, v_i, out_i, sums_i, *gradients in zip(*pieces, strict=True):
         if _goes_in_blocks(q_i, form):
-            _attend_in_blocks_backward(of_out_i, q_i, k_i, v_i, *gradients, form=form)
+            _attend_in_blocks_backward(form, of_out_i, q_i, k_i, v_i, *gradients)
         else:
             flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
             kept = (_heads_first(tensor) for tensor in (of_out_i, q_i, k_i, v_i, out_i))
@@ -235,7 +235,7 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, out: Tensor, form: Attent
 
 
 def _attend_in_blocks_backward(
-    of_out: Tensor, q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, of_v: Tensor, form: AttentionForm
+    form: AttentionForm, of_out: Tensor, q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, of_v: Tensor
 ) -> None:
     of_k.zero_()
     of_v.zero_()
@@ -321,7 +321,8 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, form: A
     of_document = {document: cut[2 * number + 1] for number, document in enumerate(sorted(ends))}
     attended = []
     for run, queries in zip(segments.runs, q.flatten(0, 1).split([run.last - run.first for run in segments.runs]), strict=True):
-        attended.append(_attend_to_end(queries, *of_document[run.document][: run.last].chunk(2, dim=-1), form=form))  # (last, K, D) twice
+        k_i, v_i = of_document[run.document][: run.last].chunk(2, dim=-1)  # (last, K, D)
+        attended.append(_attend_to_end(queries, k_i, v_i, form))
     return torch.cat(attended).unflatten(0, q.shape[:2])
 
 

@@ -47,8 +47,8 @@ class KeyValues:
         num_keys = keys.shape[1]
         needs_mask = self._is_padded or 1 < num_new < num_keys or not form.is_plain_for(num_keys)
         mask = self._mask(num_new, num_keys, form.window) if needs_mask else None
-        heads_first = (tensor.transpose(1, 2) for tensor in (q, keys, values))
-        return attend_to_seen(*heads_first, seen=mask, form=form).transpose(1, 2)
+        q, keys, values = (tensor.transpose(1, 2) for tensor in (q, keys, values))
+        return attend_to_seen(q, keys, values, mask, form).transpose(1, 2)
 
     def _store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of the layer whose turn it is; where there is no room for more, room is doubled."""
