@@ -53,7 +53,7 @@ def _torchao_config(kind: str, like: torch.Tensor) -> Any:
         return Int8WeightOnlyConfig(set_inductor_config=False)
     if like.is_cuda and like.dtype == torch.bfloat16:
         return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
-    return IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP))
+    return IntxWeightOnlyConfig(getattr(torch, "int4"), PerGroup(GROUP))  # noqa: B009  (torch's stubs lack it)
 
 
 def write_quantized(model: Decoder, kind: str, fields: dict[str, Any], companions: dict[str, str | bytes], target: Path) -> None:

@@ -77,21 +77,21 @@ def load_model(
         FormatError: no checkpoint, damaged or incomplete weights, or an adapter of other weights.
         DataError: a tokenizer or chat template that cannot be read.
     """
-    path, adapter = Path(path), Path(adapter) if adapter else None
-    if adapter is None and (path / ADAPTER_CONFIG).is_file():
-        adapter, path = path, _base_of(path)
+    folder, of_adapter = Path(path), Path(adapter) if adapter else None
+    if of_adapter is None and (folder / ADAPTER_CONFIG).is_file():
+        of_adapter, folder = folder, _base_of(folder)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     own_template = ""
-    if is_quantized(path):
-        if adapter is not None or dtype != "auto" or quantize != "none":
-            raise ConfigError(f"{path} is quantised: it takes no adapter, no other type and no other bits; start from what it was made from")
-        model, fields = read_quantized(path)
-        model, sentence = model.to(target).eval(), f"quantised folder {path}"
+    if is_quantized(folder):
+        if of_adapter is not None or dtype != "auto" or quantize != "none":
+            raise ConfigError(f"{folder} is quantised: it takes no adapter, no other type and no other bits; start from what it was made from")
+        model, fields = read_quantized(folder)
+        model, sentence = model.to(target).eval(), f"quantised folder {folder}"
     else:
-        stored = open_checkpoint(path)
+        stored = open_checkpoint(folder)
         check_files(stored)
         check_model(stored)
-        opened = open_adapter(adapter) if adapter is not None else None
+        opened = open_adapter(of_adapter) if of_adapter is not None else None
         merged = merge_stored(stored, opened) if opened else None
         stored_dtype = next(iter(stored.weights.values())).dtype
         wanted = DTYPES[dtype] if dtype != "auto" else stored_dtype if target.type == "cuda" else torch.float32
@@ -104,11 +104,11 @@ def load_model(
         sentence = f"{stored.sentence}, in {str(wanted).removeprefix('torch.')}"
         if opened is not None and merged is not None:
             own_template = opened.chat_template or ""
-            sentence = "; ".join([f"{sentence}, with the adapter {adapter}", *merged.notes])
+            sentence = "; ".join([f"{sentence}, with the adapter {of_adapter}", *merged.notes])
         if quantize != "none":
             quantize_weights(model, quantize)
             sentence += f", linear layers in {quantize}"
-    tokenizer, template = _find_words(path, str(tokenizer_path), chat_template, own_template)
+    tokenizer, template = _find_words(folder, str(tokenizer_path), chat_template, own_template)
     stop_ids = (tokenizer.stop_ids if tokenizer else frozenset()) | (template.end_ids() if template else frozenset())
     return LoadedModel(model, fields, tokenizer, template, stop_ids, sentence)
 

@@ -335,13 +335,13 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logger.setLevel(logging.ERROR)
-        tqdm.__init__ = functools.partialmethod(make_bar, disable=True)  # type: ignore[method-assign, assignment]  # lm-eval has no word for it
+        tqdm.__init__ = functools.partialmethod(make_bar, disable=True)  # lm-eval has no word for it
         datasets.disable_progress_bars()
         try:
             yield
         finally:
             logger.setLevel(level)
-            tqdm.__init__ = make_bar  # type: ignore[method-assign]
+            tqdm.__init__ = make_bar
             if shows_bars:
                 datasets.enable_progress_bars()
 
