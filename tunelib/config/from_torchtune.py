@@ -65,7 +65,7 @@ REASONS = {
     "resume_from_checkpoint": "a run goes on from its own checkpoints, by the same command; torchtune's are not read",
     "checkpointer.recipe_checkpoint": "a run goes on from its own checkpoints; torchtune's are not read",
     "checkpointer.adapter_checkpoint": "name a PEFT folder as lora.adapter_path; torchtune's own file is not read",
-    "profiler": "the profiler is not built yet",
+    "profiler": "a step is profiled every profiling.profile_freq steps",
     "quantizer": "training for later quantisation (QAT) is not built: this trains without it",
     "fake_quant_after_n_steps": "training for later quantisation (QAT) is not built: this trains without it",
     "optimizer": "no setting here",
@@ -414,14 +414,14 @@ def translate_machine(found: Translation) -> None:
 
 
 def translate_metrics(found: Translation) -> None:
-    """The logger and the profiler, as far as there is one."""
+    """The logger and the profiler."""
     source, name = found.source, last_name(found.source.take("metric_logger._component_"))
     if name in LOGGERS:
         found.put(LOGGERS[name], True, "metric_logger._component_")
     elif name in ("DiskLogger", "StdoutLogger"):
         found.spare("metric_logger._component_", "metrics.jsonl is in the run folder")
     elif name:
-        found.lose("metric_logger._component_", "not built; metrics.jsonl in the run folder holds all")
+        found.lose("metric_logger._component_", "not there; metrics.jsonl in the run folder holds all")
     if source.take("profiler.enabled"):
         found.put("profiling.enable_profiling", True, "profiler.enabled")
     elif any(key.startswith("profiler.") for key in source.values):
