@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -188,7 +187,7 @@ def main(argv: list[str]) -> None:
         # Resume: weights, optimizer, random state; the data's place follows from the step.
         begun = RunState(0, 0, runtime.world_size, runtime.device.type, identity, None, base, compiled.compiled, dict(layout.degrees))
         if decision.state is not None:
-            begun = replace(begun, step=decision.state.step, tokens_seen=decision.state.tokens_seen, best_step=decision.state.best_step)
+            begun = decision.state.continued_by(begun)
         progress = Progress(model, optimizer, train_data, config.training, layout, runtime, begun)
         if decision.resumed is not None and not progress.restore(manager, decision) and config.lora.dropout:
             console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another layout")
@@ -225,7 +224,7 @@ def main(argv: list[str]) -> None:
                 summary.add_validation(loss)
                 console.say(f"step {progress.step}: validation loss {loss:.4f} on {held_out.num_trained:,} held-out tokens")
                 if scores:
-                    metrics.write({"step": progress.step, **scores})
+                    metrics.write({"step": progress.step, **scores, "tokens": progress.tokens_seen})
                     console.say(f"step {progress.step}: {describe_scores(scores)}")
 
         def show_samples() -> None:

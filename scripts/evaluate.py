@@ -14,7 +14,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tunelib.config.schema import Comm, Training
-from tunelib.errors import DataError
+from tunelib.errors import ConfigError, DataError
 from tunelib.formats import load_model
 from tunelib.infer.harness import Exam, Questions, Reader, check_reader, make_table, open_tasks
 from tunelib.infer.score import Crew
@@ -54,9 +54,14 @@ def main(argv: list[str]) -> None:
     words = tyro.cli(Words, args=argv, use_underscores=True, description=__doc__)
     with start(Training(), Comm()) as runtime:
         with agreed():
+            least = {"limit": (words.limit, 1), "batch_size": (words.batch_size, 1), "num_fewshot": (words.num_fewshot, 0)}
+            for name, (number, smallest) in least.items():
+                if number is not None and number < smallest:
+                    raise ConfigError(f"--{name} {number}: it is at least {smallest}")
             questions = Questions(words.tasks, words.include_path, words.num_fewshot, words.limit, words.apply_chat_template)
             tasks = open_tasks(questions)
-            loaded = load_model(words.checkpoint, words.adapter, words.dtype, runtime.device, words.tokenizer_path, words.chat_template)
+            where = {"tokenizer_path": words.tokenizer_path, "chat_template": words.chat_template}
+            loaded = load_model(words.checkpoint, adapter=words.adapter, dtype=words.dtype, device=runtime.device, **where)
             if loaded.tokenizer is None:
                 raise DataError(f"no tokenizer lies with {words.checkpoint}: name a folder that has one with --tokenizer_path")
             context = loaded.model.config.max_position_embeddings

@@ -56,9 +56,8 @@ def main(words: Words) -> None:
     if words.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens {words.max_new_tokens}: an answer has at least 1 token")
     began = time.monotonic()
-    loaded = load_model(
-        words.checkpoint, words.adapter, words.dtype, quantize=words.quantize, tokenizer_path=words.tokenizer_path, chat_template=words.chat_template
-    )
+    how = {"dtype": words.dtype, "quantize": words.quantize, "tokenizer_path": words.tokenizer_path, "chat_template": words.chat_template}
+    loaded = load_model(words.checkpoint, adapter=words.adapter, **how)
     print(f"{loaded.sentence}, on {loaded.device.type}; loaded in {time.monotonic() - began:.1f} s", file=sys.stderr)
     if loaded.tokenizer is None:
         raise DataError(f"no tokenizer lies with {words.checkpoint}: name a folder that has one with --tokenizer_path")

@@ -46,7 +46,10 @@ def run(words: Words) -> int:
     if words.out is None:
         print(imported.text, end="")
     else:
-        replace_file(words.out, imported.text)
+        try:
+            replace_file(words.out, imported.text)
+        except OSError as error:
+            raise ConfigError(f"command line: --out {words.out} cannot be written: {error.strerror}") from None
     for what, why in imported.translation.lost.items():
         print(f"left out: {what}: {why}", file=sys.stderr)
     if imported.problems:

@@ -53,7 +53,7 @@ def test_what_is_wrong_is_said(folder: Path, words: list[str], says: str) -> Non
 
 
 def test_talk_through_a_terminal(folder: Path) -> None:
-    """Two turns, the second after the first has ended; Ctrl-C cuts an answer short, Ctrl-D ends."""
+    """Two turns, the second after the first has ended; Ctrl-D ends."""
     ours, theirs = pty.openpty()
     words = [*SCRIPT, str(folder), "--chat", "--max_new_tokens", "8"]
     program = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)

@@ -5,7 +5,7 @@ Model tensors lie flat at the top under their Hugging Face names. ``optimizer.<p
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -51,6 +51,11 @@ class RunState:
     best_step: int | None = None
     best_loss: float | None = None
     num_worse: int = 0
+
+    def continued_by(self, begun: "RunState") -> "RunState":
+        """What a run is that begins as told, at this one's place and with its validations."""
+        begun = replace(begun, step=self.step, tokens_seen=self.tokens_seen)
+        return replace(begun, best_step=self.best_step, best_loss=self.best_loss, num_worse=self.num_worse)
 
     def to_json(self) -> str:
         """For state.json."""

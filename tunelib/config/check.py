@@ -145,6 +145,15 @@ def find_epoch_fault(checked: Checked) -> Iterator[str]:
         yield f"{checked.at('checkpoint.interval_type')}: {stream}; {way}"
 
 
+def find_patience_fault(checked: Checked) -> Iterator[str]:
+    """That a run has ended early is in its full checkpoint."""
+    if checked.config.validation.patience is not None and checked.config.checkpoint.model_weights_only:
+        yield (
+            f"{checked.at('checkpoint.model_weights_only')}: the end of a run with validation.patience is known from its last full checkpoint; "
+            "leave one of them out (export/ holds the weights alone)"
+        )
+
+
 def find_folder_fault(checked: Checked) -> Iterator[str]:
     """The step folders, TensorBoard's and the profiler's have folders of their own, inside the run folder, which is what is locked."""
     taken: tuple[str, ...] = TAKEN_NAMES
@@ -430,6 +439,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Checked], Iterator[str]]], ...
     (("dataset.mix",), find_mix_fault),
     (("validation.enable", "validation.path", "validation.split", "validation.fraction", "dataset.hub", "dataset.streaming"), find_validation_fault),
     (("checkpoint.interval_type", "dataset.streaming"), find_epoch_fault),
+    (("checkpoint.model_weights_only", "validation.patience"), find_patience_fault),
     (("checkpoint.folder", "metrics.save_tb_folder", "metrics.enable_tensorboard", "profiling."), find_folder_fault),
     (("training.on_nonfinite", "checkpoint.enable_checkpoint"), find_rollback_fault),
     (("lora.", "checkpoint.initial_load_path"), find_adapter_fault),

@@ -176,10 +176,12 @@ def fill_in(value: Any, values: dict[str, Any], place: str, depth: int = 0) -> A
     if not isinstance(value, str) or "${" not in value:
         return value
 
-    def look_up(found: re.Match[str]) -> str:
+    def look_up(found: re.Match[str]) -> Any:
         if found[1] not in values or depth == DEEPEST:
             why = "stands for itself" if depth == DEEPEST else "is no key of the file"
             raise ConfigError(f"{place} = {show_value(value)}: {found[1]} {why}; give the key on the command line, as key=value")
-        return str(fill_in(values[found[1]], values, place, depth + 1))
+        return fill_in(values[found[1]], values, place, depth + 1)
 
-    return re.sub(r"\$\{([^{}]*)\}", look_up, value)
+    if (whole := re.fullmatch(r"\$\{([^{}]*)\}", value)) is not None:
+        return look_up(whole)  # of the type that it has there
+    return re.sub(r"\$\{([^{}]*)\}", lambda found: str(look_up(found)), value)

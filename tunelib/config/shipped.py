@@ -76,8 +76,11 @@ def copy_shipped(name: str, target: Path, folder: Path = SHIPPED_CONFIGS) -> lis
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{target}: no folder can be made there: {error.strerror}; give another one") from None
-    for path, content in contents.items():
-        path.write_bytes(content)
+    try:
+        for path, content in contents.items():
+            path.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or target} cannot be written: {error.strerror}") from None
     return list(contents)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from tunelib.config import read_written
 from tunelib.data.chat import ChatTemplate, find_template
@@ -18,7 +19,7 @@ from tunelib.formats.merge import merge_stored
 from tunelib.formats.peft import CONFIG_FILE as ADAPTER_CONFIG
 from tunelib.formats.peft import open_adapter
 from tunelib.formats.source import check_files, check_model, open_checkpoint
-from tunelib.formats.weight_only import is_quantized, quantize_weights, read_quantized, write_quantized
+from tunelib.formats.weight_only import KINDS, is_quantized, quantize_weights, read_quantized, write_quantized
 from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.parallel.runtime import DTYPES
 
@@ -29,6 +30,7 @@ class LoadedModel:
 
     Attributes:
         model: whole, on one device, its parameters without gradients; ``model.requires_grad_(True)`` for a training loop of your own.
+        path: where the weights lie; an adapter's base.
         fields: the model as a config.json says it.
         tokenizer: None where none lies with the weights.
         template: of conversations; None where there is none.
@@ -37,6 +39,7 @@ class LoadedModel:
     """
 
     model: Decoder
+    path: Path
     fields: dict[str, Any]
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
@@ -51,6 +54,7 @@ class LoadedModel:
 
 def load_model(
     path: str | Path,
+    *,
     adapter: str | Path = "",
     dtype: str = "auto",
     device: str | torch.device = "",
@@ -73,13 +77,15 @@ def load_model(
         chat_template: as in dataset.chat_template; empty for the adapter's, else the tokenizer's own.
 
     Raises:
-        ConfigError: adapter, dtype or quantize for weights that are quantised already.
+        ConfigError: an unknown dtype or quantize, or one of these or an adapter for weights that are quantised already.
         FormatError: no checkpoint, damaged or incomplete weights, or an adapter of other weights.
         DataError: a tokenizer or chat template that cannot be read.
     """
     folder, of_adapter = Path(path), Path(adapter) if adapter else None
     if of_adapter is None and (folder / ADAPTER_CONFIG).is_file():
         of_adapter, folder = folder, _base_of(folder)
+    if dtype not in ("auto", *DTYPES) or quantize not in ("none", *KINDS):
+        raise ConfigError(f"dtype {dtype!r}, quantize {quantize!r}: there are auto, {', '.join(DTYPES)}; and none, {', '.join(KINDS)}")
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     own_template = ""
     if is_quantized(folder):
@@ -110,7 +116,7 @@ def load_model(
             sentence += f", linear layers in {quantize}"
     tokenizer, template = _find_words(folder, str(tokenizer_path), chat_template, own_template)
     stop_ids = (tokenizer.stop_ids if tokenizer else frozenset()) | (template.end_ids() if template else frozenset())
-    return LoadedModel(model, fields, tokenizer, template, stop_ids, sentence)
+    return LoadedModel(model, folder, fields, tokenizer, template, stop_ids, sentence)
 
 
 def _base_of(adapter: Path) -> Path:
@@ -142,14 +148,14 @@ def quantize_checkpoint(path: Path, target: Path, kind: str, adapter: str = "", 
         SaveError: it cannot be written; else what `load_model` raises.
     """
     check_target(target)
-    loaded = load_model(path, adapter, dtype, "cpu", kind)
+    loaded = load_model(path, adapter=adapter, dtype=dtype, device="cpu", quantize=kind)
     own = loaded.template.source if loaded.template is not None else None
     template = own if loaded.tokenizer is not None and own != loaded.tokenizer.chat_template else None
     folder = loaded.tokenizer.folder if loaded.tokenizer else None
-    companions = find_companions(path if path.is_dir() else path.parent, folder, loaded.fields, template, loaded.stop_ids)
+    companions = find_companions(loaded.path if loaded.path.is_dir() else loaded.path.parent, folder, loaded.fields, template, loaded.stop_ids)
     companions |= loaded.tokenizer.files_to_write() if loaded.tokenizer else {}
     try:
         write_quantized(loaded.model, kind, loaded.fields, companions, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise SaveError(f"{target} cannot be written: {error}") from None
     return f"{loaded.sentence}, written to {target}"

@@ -3,6 +3,7 @@
 B rows, S tokens of the longest prompt.
 """
 
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,6 @@ from tunelib.errors import ConfigError, DataError
 from tunelib.infer.sample import Sampling, choose
 from tunelib.model.cache import KeyValues
 from tunelib.model.decoder import Decoder
-from tunelib.model.loss import capped
 from tunelib.parallel.fsdp import forward_only
 from tunelib.parallel.reduce import from_main
 
@@ -33,9 +33,15 @@ class Stops:
     texts: tuple[str, ...] = ()
     tokenizer: Tokenizer | None = None
 
+    @functools.cached_property
+    def all_ids(self) -> frozenset[int]:
+        """The tokens, with those that a text names: special ones are in no answer's text."""
+        special = {text: self.tokenizer.id_of(text) for text in self.tokenizer.special_texts} if self.tokenizer else {}
+        return frozenset(self.ids) | {token for text in self.texts if (token := special.get(text)) is not None}
+
     def end(self, new_ids: Sequence[int]) -> bool:
         """Whether an answer ends with the newest of its tokens."""
-        if new_ids[-1] in self.ids:
+        if new_ids[-1] in self.all_ids:
             return True
         if not self.texts:
             return False
@@ -46,7 +52,7 @@ class Stops:
     def text_of(self, new_ids: Sequence[int]) -> str:
         """An answer as text, without what ends it."""
         assert self.tokenizer is not None
-        text = self.tokenizer.decode(list(new_ids[:-1] if new_ids and new_ids[-1] in self.ids else new_ids))
+        text = self.tokenizer.decode(list(new_ids[:-1] if new_ids and new_ids[-1] in self.all_ids else new_ids))
         return text[: min((place for stop in self.texts if (place := text.find(stop)) >= 0), default=len(text))]
 
 
@@ -114,7 +120,7 @@ def stream(
 def _next_logits(model: Decoder, tokens: Tensor, cache: KeyValues) -> Tensor:
     """(B, S) → (B, V): of what follows the last token."""
     hidden = model.model(tokens, cache.positions(tokens.shape[1]), cache)
-    return capped(model.lm_head(hidden[:, -1]), model.config.final_softcap)
+    return model.logits_of(hidden[:, -1])
 
 
 def generate_greedy(model: Decoder, prompt: list[int], max_new_tokens: int, stop_ids: Collection[int], device: torch.device) -> list[int]:

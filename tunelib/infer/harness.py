@@ -20,8 +20,8 @@ from tunelib.config.schema import Validation
 from tunelib.data.chat import ChatTemplate
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import ConfigError, DataError
-from tunelib.infer.generate import Stops, generate
-from tunelib.infer.score import Crew, Interrupted, Text, continue_texts, deal_rows, pack, score_texts
+from tunelib.infer.generate import Stops, stream
+from tunelib.infer.score import Crew, Interrupted, Text, continue_texts, deal_rows, pack_padded, score_texts
 from tunelib.model.decoder import Decoder
 from tunelib.parallel.fsdp import forward_only
 
@@ -80,6 +80,11 @@ class Reader:
             raise DataError(f"{self.tokenizer.folder} names neither a bos_token nor an eos_token, one of which stands for an empty context")
         return found
 
+    @functools.cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's, and those of the template."""
+        return self.tokenizer.stop_ids | (self.template.end_ids() if self.template else frozenset())
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text with what the tokenizer puts before and after one, unless it begins with that already, as a chat template's does."""
         prefix = self.tokenizer.decode([self.prefix_id], skip_special_tokens=False)
@@ -124,18 +129,22 @@ class Exam:
 
         Raises:
             Interrupted: on every process.
+            DataError: lm-eval does not take the tasks, such as ones that run what a model writes.
         """
         from lm_eval.evaluator import evaluate
 
-        with quiet():
-            return evaluate(
-                lm=build_lm(Answers(model, self.reader, crew)),
-                task_dict=self.tasks,
-                limit=self.questions.limit,
-                bootstrap_iters=num_bootstraps,
-                log_samples=False,
-                apply_chat_template=self.questions.as_chat,
-            )
+        try:
+            with quiet():
+                return evaluate(
+                    lm=build_lm(Answers(model, self.reader, crew)),
+                    task_dict=self.tasks,
+                    limit=self.questions.limit,
+                    bootstrap_iters=num_bootstraps,
+                    log_samples=False,
+                    apply_chat_template=self.questions.as_chat,
+                )
+        except ValueError as error:
+            raise DataError(f"{self.questions.says} {' '.join(self.questions.names)}: lm-eval refuses: {_first_line(error)}") from error
 
 
 def open_tasks(questions: Questions) -> dict[str, dict[str, Any]]:
@@ -168,8 +177,10 @@ def open_tasks(questions: Questions) -> dict[str, dict[str, Any]]:
                     tasks[kind] |= loaded
             except Exception as error:
                 raise DataError(f"{says}: the task {name!r} cannot be opened: {_first_line(error)}") from error
-    if questions.num_fewshot is not None:
-        for task in tasks["tasks"].values():
+    for task in tasks["tasks"].values():
+        if task.OUTPUT_TYPE == "generate_until":
+            read_settings(dict(task.config.generation_kwargs or {}))  # raises for what is not built
+        if questions.num_fewshot is not None:
             task.set_config(key="num_fewshot", value=questions.num_fewshot)
     return tasks
 
@@ -217,18 +228,21 @@ class Answers:
     def _continue(self, prompts: Sequence[str], stop_texts: tuple[str, ...], max_new_tokens: int) -> list[str]:
         if (most := self.reader.context - max_new_tokens) < 1:
             raise ConfigError(f"a task wants {max_new_tokens} tokens (max_gen_toks), and the model's context is {self.reader.context}: give it fewer")
-        stops = Stops(self.reader.tokenizer.stop_ids, stop_texts, self.reader.tokenizer)
+        stops = Stops(self.reader.stop_ids, stop_texts, self.reader.tokenizer)
         ids = [self.reader.encode(prompt)[-most:] for prompt in prompts]
         if not is_whole(self.model):
             return continue_texts(self.model, ids, self.reader.room, max_new_tokens, stops, self.crew)
         found: dict[int, str] = {}
-        rows = pack([len(prompt) + max_new_tokens for prompt in ids], self.reader.room)
+        rows = pack_padded([len(prompt) + max_new_tokens for prompt in ids], self.reader.room)
         with forward_only(self.model):
             for row in deal_rows(rows, self.crew):
                 if self.crew.should_stop():
                     raise Interrupted
-                made = generate(self.model, [ids[number] for number in row], max_new_tokens, stops)
-                found |= {number: stops.text_of(answer) for number, answer in zip(row, made, strict=True)}
+                answers: list[list[int]] = [[] for _ in row]
+                for place, token in stream(self.model, [ids[number] for number in row], max_new_tokens, stops):
+                    answers[place].append(token)
+                    self.crew.renew()
+                found |= {number: stops.text_of(answer) for number, answer in zip(row, answers, strict=True)}
         together = {number: answer for part in self.crew.gather(found) for number, answer in part.items()}
         return [together[number] for number in range(len(ids))]
 

@@ -16,7 +16,7 @@ class Sampling:
         temperature: logits are divided by it; 0 takes the most probable token.
         top_k: only so many of the most probable tokens; 0 for all.
         top_p: only the most probable tokens whose shares first add up to this (Holtzman et al. 2020, section 3.1).
-        seed: of what is drawn; a text's draws do not depend on those beside it.
+        seed: of what is drawn. The first text draws from it, the next from the one after it: a text's draws do not depend on those beside it.
 
     Raises:
         ConfigError: values that mean nothing, or that would have no effect.

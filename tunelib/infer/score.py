@@ -33,7 +33,8 @@ class Crew:
         rank: which part this process takes; size: into how many the rows are dealt.
         gather: what each part has found, by rank. Collective.
         any_live: whether anything is left to do on any process. Collective.
-        should_stop: whether a signal asks for the end, on any process. Collective; asked before every forward pass.
+        should_stop: whether a signal asks for the end, on any process. Collective; asked before every forward pass, or every batch of answers.
+        renew: told of every forward pass: what is scored may take long, but no part of it.
     """
 
     device: torch.device
@@ -42,13 +43,14 @@ class Crew:
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     any_live: Callable[[bool], bool] = lambda live: live
     should_stop: Callable[[], bool] = lambda: False
+    renew: Callable[[], None] = lambda: None
 
 
 def build_crew(layout: Layout, device: torch.device, stop: StopSignal, renew: Callable[[], None]) -> Crew:
     """The processes of a training run.
 
     Args:
-        renew: told before every forward pass that there is one: what is scored may take long, but no part of it.
+        renew: see `Crew`.
     """
 
     def should_stop() -> bool:
@@ -58,7 +60,7 @@ def build_crew(layout: Layout, device: torch.device, stop: StopSignal, renew: Ca
     def any_live(live: bool) -> bool:
         return any_rank((live,), device)[0]
 
-    return Crew(device, layout.data_rank, layout.num_data_ranks, layout.gather_shares, any_live, should_stop)
+    return Crew(device, layout.data_rank, layout.num_data_ranks, layout.gather_shares, any_live, should_stop, renew)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,18 @@ def pack(lengths: Sequence[int], room: Callable[[int], int]) -> list[list[int]]:
             left = room(lengths[number])
         rows[-1].append(number)
         left -= lengths[number]
+    return rows
+
+
+def pack_padded(lengths: Sequence[int], room: Callable[[int], int]) -> list[list[int]]:
+    """The same for texts that are padded to the longest of their row."""
+    rows: list[list[int]] = []
+    most = 0
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        if not rows or len(rows[-1]) == most:
+            rows.append([])
+            most = max(1, room(lengths[number]) // lengths[number])
+        rows[-1].append(number)
     return rows
 
 

@@ -102,7 +102,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, form: Attentio
     return attend_flex(q, k, v, documents[form.window], form)
 
 
-def plan_documents(document_lengths: tuple[int, ...] | Segments | KeyValues, x: Tensor, head_dim: int, windows: tuple[int, ...] = ()) -> Documents:
+def plan_documents(
+    document_lengths: tuple[int, ...] | Segments | KeyValues, x: Tensor, head_dim: int, windows: tuple[int, ...] = (), softcap: float = 0.0
+) -> Documents:
     """What `attend` needs to keep the documents of x (B, S, hidden) apart; made once per micro-batch, shared by all layers.
 
     FlexAttention's kernels know neither float64 nor heads below 16; one document by itself, as in generation, needs no mask.
@@ -110,7 +112,7 @@ def plan_documents(document_lengths: tuple[int, ...] | Segments | KeyValues, x: 
     if isinstance(document_lengths, Segments | KeyValues):
         return document_lengths
     has_kernel = x.is_cuda and x.dtype != torch.float64 and head_dim >= 16
-    if not has_kernel or len(document_lengths) == 1:
+    if not has_kernel or (len(document_lengths) == 1 and not softcap):  # capped scores would else be whole matrices
         return document_lengths
     return {window: build_block_mask(document_lengths, len(x), x.device, window) for window in dict.fromkeys(windows or (0,))}
 

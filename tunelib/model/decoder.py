@@ -98,7 +98,7 @@ class DecoderBody(nn.Module):
         if isinstance(self.embed_tokens, nn.Embedding):
             x = scaled(self.config, x)
         rope = rope_tables(self.config, positions, x.dtype)
-        documents = plan_documents(document_lengths, x, self.config.head_dim, self.config.windows)
+        documents = plan_documents(document_lengths, x, self.config.head_dim, self.config.windows, self.config.attention_softcap)
         for layer in self.layers.values():
             x = layer(x, rope, documents)
         return self.norm(x)
@@ -202,8 +202,13 @@ class Decoder(nn.Module):
             if self.head_share is not None:
                 return self.head_share.loss(hidden, labels, self.lm_head)
             return summed_loss(hidden, labels, self.lm_head.weight, softcap=self.config.final_softcap)
-        logits = self.lm_head(hidden) if self.head_share is None else self.head_share.logits(hidden, self.lm_head)[:, :width]
-        return capped(logits, self.config.final_softcap)
+        if self.head_share is None:
+            return self.logits_of(hidden)
+        return capped(self.head_share.logits(hidden, self.lm_head)[:, :width], self.config.final_softcap)
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """(…, hidden) after the last norm → (…, V), where the head is whole."""
+        return capped(self.lm_head(hidden), self.config.final_softcap)
 
 
 def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Decoder:

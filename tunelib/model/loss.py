@@ -96,21 +96,22 @@ class _HeadLoss(torch.autograd.Function):
         if head_needs:
             of_head = torch.zeros_like(head) if of_head is None else of_head.to(head.dtype)
         ctx.save_for_backward(of_hidden, of_head)
-        ctx.is_scaled = False
+        ctx.scale = None
         return loss
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        # In place, since a second matrix of the head's size takes memory and, where the system has to find it, ten times as long; and once, since a
-        # pipeline's schedule may come twice, for inputs and later for weights.
-        of_hidden, of_head = ctx.saved_tensors
-        if not ctx.is_scaled:
-            for gradient in (of_hidden, of_head):
-                if gradient is not None:
-                    with torch.autograd._unsafe_preserve_version_counter(gradient):
-                        gradient.mul_(scale.to(gradient.dtype))
-        ctx.is_scaled = True
-        return of_hidden, of_head, None, None, None, None
+        # In place, since a second matrix of the head's size takes memory and, where the system has to find it, ten times as long. Who comes again, as
+        # a pipeline's schedule does, for inputs and later for weights, gets copies.
+        gradients = ctx.saved_tensors
+        if ctx.scale is None:
+            ctx.scale = scale
+            for gradient in (gradient for gradient in gradients if gradient is not None):
+                with torch.autograd._unsafe_preserve_version_counter(gradient):
+                    gradient.mul_(scale.to(gradient.dtype))
+        else:
+            gradients = tuple(gradient if gradient is None else gradient * (scale / ctx.scale).to(gradient.dtype) for gradient in gradients)
+        return *gradients, None, None, None, None
 
 
 def _loss_of_logits(logits: Tensor, labels: Tensor, share: VocabularyShare | None, softcap: float) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def streamed_logits(config: ModelConfig, read: Callable[[str, tuple[slice, ...]]
         x[here] = rows[ids[here] - first]
     x = scaled(config, x)[None]  # (1, S, hidden)
     rope = rope_tables(config, torch.arange(len(tokens))[None], x.dtype)
-    documents = plan_documents((len(tokens),), x, config.head_dim, config.windows)
+    documents = plan_documents((len(tokens),), x, config.head_dim, config.windows, config.attention_softcap)
     layer = DecoderLayer(config, 0)
     for number in range(config.num_hidden_layers):
         layer.form = form_of(config, number)

@@ -108,12 +108,10 @@ def thin(points: Points, columns: int = COLUMNS) -> Points:
 
 def running_mean(points: Points, span: int) -> Points:
     """The mean of each point and those before it, ``span`` in all; fewer at the beginning."""
-    means: Points = []
-    total = 0.0
-    for at, (step, value) in enumerate(points):
-        total += value - (points[at - span][1] if at >= span else 0.0)
-        means.append((step, total / min(at + 1, span)))
-    return means
+    values = [value for _, value in points]
+    # Each sum by itself: what is added to a running one and taken away again takes the smaller ones' digits with it.
+    windows = (values[max(0, at + 1 - span) : at + 1] for at in range(len(values)))
+    return [(step, math.fsum(window) / len(window)) for (step, _), window in zip(points, windows, strict=True)]
 
 
 def value_axis(chart: Chart, curves: list[Curve]) -> Axis:

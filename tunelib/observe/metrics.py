@@ -115,7 +115,7 @@ class RowWriter:
     def __init__(
         self, path: Path, resumed_step: int | None, active: bool, say: Callable[[str], None] = print, sinks: Callable[[], Sequence[Sink]] = tuple
     ):
-        self._path = path
+        self._path, self._say = path, say
         self._file: PatientFile | None = None
         self._sinks: Sequence[Sink] = ()
         if active:
@@ -127,12 +127,14 @@ class RowWriter:
     def cut(self, step: int) -> None:
         """Leave out the rows of later steps, which the run will make again."""
         if self._file is not None:
+            rows, is_shorter = list[str](), False
             with self._file.bearing():
                 content = self._path.read_bytes() + self._file.pending
                 rows = _rows_up_to(content, step)
                 self._file.replace("".join(rows).encode())
-                if len(rows) < content.count(b"\n"):
-                    self._begin_sinks(rows)
+                is_shorter = len(rows) < content.count(b"\n")
+            if is_shorter:
+                self._begin_sinks(rows)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row, at once."""
@@ -150,7 +152,10 @@ class RowWriter:
 
     def _begin_sinks(self, rows: list[str]) -> None:
         for sink in self._sinks:
-            sink.begin([json.loads(row) for row in rows])
+            try:
+                sink.begin([json.loads(row) for row in rows])
+            except OSError as error:
+                self._say(f"{type(sink).__name__} cannot begin anew ({error.strerror}): it keeps rows that were taken back from {self._path}")
 
     def __enter__(self) -> "RowWriter":
         return self

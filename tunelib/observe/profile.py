@@ -4,6 +4,7 @@ Nothing is measured, and nothing waited for, in steps that are not profiled.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ class Profiler:
             if self._section.enable_memory_snapshot:
                 torch.cuda.memory._dump_snapshot(str(folder / f"memory-rank-{self._runtime.rank}.pickle"))
         except OSError as error:
-            self._say(f"{folder} cannot be written: {error.strerror}; the profile of step {step} is lost")
+            lost = f"{folder} cannot be written: {error.strerror}; the profile of step {step} on rank {self._runtime.rank} is lost"
+            print(lost, file=sys.stderr, flush=True)  # the user's screen shows rank 0 alone, and folders may be a machine's own
 
     def __enter__(self) -> "Profiler":
         return self

@@ -70,7 +70,7 @@ def load_run(folder: Path, name: str) -> RunRecord:
         series,
         read_written(config) if config.is_file() else {},
         [row for row in (read_rows(samples) if samples.is_file() else []) if {"prompt", "answer"} <= row.keys()],
-        summary.read_text(encoding="utf-8") if summary.is_file() else "",
+        summary.read_text(encoding="utf-8", errors="replace") if summary.is_file() else "",
     )
 
 

@@ -128,9 +128,9 @@ class TensorBoard:
         forget = self._event(step=0, session_log=self._log(status=self._log.START))
         content = _record(self._event(file_version="brain.Event:2")) + _record(forget) + b"".join(map(self._encode, rows))
         path = self._folder / EVENTS_FILE.format(seconds=int(time.time()), number=number)
-        if self._file is not None:
-            self._file.close()
-        self._file = PatientFile(path, content, self._say)
+        before, self._file = self._file, PatientFile(path, content, self._say)  # which, where there is no room, leaves the old one in use
+        if before is not None:
+            before.close()
         for one in old:
             one.unlink() if one.stat().st_size == 0 else os.truncate(one, 0)
 

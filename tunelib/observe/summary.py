@@ -110,7 +110,8 @@ class Summary:
         memory = largest_of_ranks(peak_memory_gib(runtime.device), runtime.device)
         is_tiny = largest_of_ranks(self._seconds, runtime.device) < TINY_SECONDS
         peak = None if is_tiny else find_peak(runtime.device, runtime.compute_dtype)
-        end = End(step, tokens_seen, seconds, memory, outputs, peak, next_commands(self._config, outputs))
+        commands = next_commands(self._config, outputs, runtime.world_size)
+        end = End(step, tokens_seen, seconds, memory, outputs, peak, commands)
         lines = self.lines(end)
         for line in lines:
             say(line)
@@ -199,10 +200,11 @@ def what_is_trained(config: Config, num_parameters: int, trained: dict[str, torc
     return f"{adapters}a model of {num_parameters / 1e6:,.1f} M parameters ({weights}), {rows}, on {', '.join(sources)}"
 
 
-def next_commands(config: Config, outputs: Outputs, root: Path = ROOT) -> dict[str, str]:
+def next_commands(config: Config, outputs: Outputs, world_size: int = 1, root: Path = ROOT) -> dict[str, str]:
     """What one may type next, from the current directory: why → the command. Only what is there is named.
 
     Args:
+        world_size: processes of the run; with several on one machine training goes on with as many.
         root: has scripts/.
     """
     python = shlex.quote(_short(Path(sys.executable))) if Path(sys.executable).is_relative_to(root) else "python"
@@ -219,9 +221,13 @@ def next_commands(config: Config, outputs: Outputs, root: Path = ROOT) -> dict[s
         commands["merge it"] = f"{merge} {base} {adapter} {shlex.quote(_short(export))}"
     if plot := script("plot_runs.py"):
         commands["look at the curves"] = f"{plot} {folder}"
-    if outputs.checkpoint and not config.checkpoint.model_weights_only and (root / "train.py").exists():
+    is_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
+    if outputs.checkpoint and not config.checkpoint.model_weights_only and is_here and (root / "train.py").exists():
         key, length = ("steps", config.training.steps) if config.training.steps else ("epochs", config.training.epochs)
-        start = f"{python} {shlex.quote(_short(root / 'train.py'))} {shlex.quote(_short(outputs.folder / 'config.toml'))}"
+        program = f"{python} {shlex.quote(_short(root / 'train.py'))}"
+        if world_size > 1:
+            program = f"NGPU={world_size} {shlex.quote(_short(root / 'run_train.sh'))}"
+        start = f"{program} {shlex.quote(_short(outputs.folder / 'config.toml'))}"
         commands["train on"] = f"{start} --training.{key} {2 * (length or 1)}"
     return commands
 

@@ -41,6 +41,6 @@ def forward_only(model: Decoder) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-    for module in (module for part in parts_of(model) for module in part.modules()):
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        for module in (module for part in parts_of(model) for module in part.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()

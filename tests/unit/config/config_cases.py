@@ -315,6 +315,9 @@ CASES: dict[str, Case] = {
     "idle: validation, switched off in the same file": add("[validation]\nenable = false\nfreq = 5"),
     "idle: on the command line, switched off in the file": add("[validation]\nenable = false", "--validation.freq", "5"),
     "idle: patience without validation": add("[validation]\npatience = 3"),
+    "patience and weights alone": add(
+        "[checkpoint]\nenable_checkpoint = true\nmodel_weights_only = true\n[validation]\nenable = true\nfraction = 0.1\npatience = 3"
+    ),
     "patience of no validations": add("[validation]\nenable = true\nfraction = 0.1\npatience = 0"),
     "idle: folder of tasks, but no task": add("[validation]\nenable = true\nfraction = 0.1\ntask_path = 'tasks'\ntask_chat_template = true"),
     "idle: best weights of none that is kept": add(

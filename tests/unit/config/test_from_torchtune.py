@@ -203,6 +203,13 @@ def test_what_is_on_and_not_built_is_told(tmp_path: Path) -> None:
     ]
 
 
+def test_what_another_key_stands_for_keeps_its_type(tmp_path: Path) -> None:
+    words = ("rows=4", "is_packed=false", "batch_size=${rows}", "dataset.packed=${is_packed}")
+    _, config = read(FULL, tmp_path, *words)
+    assert config.training.local_batch_size == 4
+    assert not config.dataset.packing
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -90,3 +90,25 @@ def test_text_is_shown_when_it_is_certain() -> None:
 def test_a_stop_that_does_not_come_hides_nothing(text: str) -> None:
     pieces = TextStream(Stops((), ("END", " two thirds"), TOKENIZER))
     assert "".join(pieces.add(token) for token in TOKENIZER.encode(text, add_special_tokens=False).ids) + pieces.end() == text
+
+
+def test_ctrl_c_cuts_an_answer_short_and_the_talk_goes_on() -> None:
+    conversation, passes = start(), []
+    layer = conversation._model.model.layers["1"]
+
+    def interrupt(*_: object) -> None:
+        passes.append(0)
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+
+    hook = layer.register_forward_pre_hook(interrupt)
+    said = run_talk(conversation, ["Who are you?"])
+    hook.remove()
+    assert " …\n" in said
+    begun = conversation._messages[-1]["content"]
+    assert begun
+    assert begun in said
+    assert TEMPLATE is not None
+    model = tiny_model(torch.float32, vocab_size=640, max_position_embeddings=400)
+    prompt = TEMPLATE.encode_prompt([*conversation._messages, {"role": "user", "content": "Go on."}])
+    assert "".join(conversation.answer("Go on.")) == STOPS.text_of(generate(model, [prompt], 12, STOPS, SAMPLING)[0])

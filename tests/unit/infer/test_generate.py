@@ -95,3 +95,14 @@ def test_what_is_drawn_follows_the_seed_and_not_the_neighbours() -> None:
 def test_a_prompt_that_fills_the_context_is_refused() -> None:
     with pytest.raises(ConfigError, match="the prompt has 64 tokens, and the model's context is 64"):
         list(stream(tiny_model(), [[1] * 64, [2]], 4))
+
+
+def test_a_special_token_that_is_named_ends_an_answer() -> None:
+    tokenizer = Tokenizer(DEBUG_TOKENIZER)
+    text = tokenizer.special_texts[0]
+    token, other = tokenizer.id_of(text), tokenizer.encode("house", add_special_tokens=False).ids
+    assert token is not None
+    stops = Stops((), (text,), tokenizer)
+    assert not stops.end(other)
+    assert stops.end([*other, token])
+    assert stops.text_of([*other, token]) == "house"

@@ -94,6 +94,16 @@ class HalfOfTwo:
         return torch.logaddexp(logsumexp, self._others[0]), chosen + self._others[1]
 
 
+def test_who_comes_again_gets_gradients_of_another_scale() -> None:
+    hidden, labels, head = make_case()
+    hidden.requires_grad_()
+    loss = summed_loss(hidden, labels, head.weight)
+    once = torch.autograd.grad(loss / 3, (hidden, head.weight), retain_graph=True)
+    once = [gradient.clone() for gradient in once]
+    again = torch.autograd.grad(2 * loss, (hidden, head.weight))
+    torch.testing.assert_close([gradient / 6 for gradient in again], once)
+
+
 @pytest.mark.parametrize("at_once", [3, 1024])
 def test_capped_logits_have_the_loss_and_the_gradients_of_the_formula(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """The whole vocabulary, and each half of it by itself."""

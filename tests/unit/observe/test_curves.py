@@ -108,3 +108,8 @@ def test_numbers_are_short(value: float, shown: str, tick: str) -> None:
 def test_round_step_is_no_less_than_asked() -> None:
     for least in (0.3, 1, 1.01, 2.4, 2.6, 7, 99, 1e-5):
         assert least <= round_step(least) * (1 + 1e-9) <= least * 2.6
+
+
+def test_a_spike_takes_nothing_from_the_means_behind_it() -> None:
+    points = [(step, 1e20 if step == 3 else 0.5) for step in range(20)]
+    assert running_mean(points, 4)[7:] == [(step, 0.5) for step in range(7, 20)]

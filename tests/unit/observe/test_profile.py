@@ -14,6 +14,7 @@ def test_intervals_count_once() -> None:
 
 
 def test_phases_take_what_they_took() -> None:
+    began = time.monotonic()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         with mark("data"):
             time.sleep(0.02)
@@ -25,12 +26,13 @@ def test_phases_take_what_they_took() -> None:
         time.sleep(0.04)
         with record_function("something else"):
             pass
+    spare = time.monotonic() - began - 0.18  # seconds that were not slept
     title, *rows = phase_table(7, profiled).splitlines()
     assert title.startswith("step 7: 0.")
     seconds = {row.split()[0]: float(row.split()[1]) for row in rows}
     assert list(seconds) == ["data", "forward", "rest", "communication"]
     for phase, least in {"data": 0.02, "forward": 0.12, "rest": 0.04, "communication": 0.02}.items():
-        assert least <= seconds[phase] < least + 0.03, rows
+        assert least <= seconds[phase] < least + spare, rows
 
 
 def test_a_step_without_marks_is_all_rest() -> None:

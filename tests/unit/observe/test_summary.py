@@ -138,21 +138,21 @@ def test_next_commands_name_what_is_there(root: Path, monkeypatch: pytest.Monkey
     (folder / "export/config.json").write_text("{}")
     config = Config(training=Training(epochs=3), checkpoint=Checkpoint(initial_load_path="base", enable_checkpoint=True))
     outputs = Outputs(folder, folder / "checkpoint/step-3", "a folder")
-    assert next_commands(config, outputs, root) == {
+    assert next_commands(config, outputs, root=root) == {
         "talk to it": "python scripts/generate.py 'outputs/my run/export'",
         "look at the curves": "python scripts/plot_runs.py 'outputs/my run'",
         "train on": "python train.py 'outputs/my run/config.toml' --training.epochs 6",
     }
     (folder / "export/tokenizer_config.json").write_text('{"chat_template": "…"}')
-    assert next_commands(config, outputs, root)["talk to it"].endswith("export' --chat")
+    assert next_commands(config, outputs, root=root)["talk to it"].endswith("export' --chat")
     monkeypatch.setattr(sys, "executable", str(root / ".venv/bin/python"))
-    assert next_commands(config, outputs, root)["train on"].startswith(".venv/bin/python train.py")
+    assert next_commands(config, outputs, root=root)["train on"].startswith(".venv/bin/python train.py")
     adapter = Outputs(folder, adapter="the adapter")
-    assert next_commands(config, adapter, root) == {
+    assert next_commands(config, adapter, root=root) == {
         "merge it": ".venv/bin/python scripts/merge_adapter.py base 'outputs/my run/adapter' 'outputs/my run/export'",
         "look at the curves": ".venv/bin/python scripts/plot_runs.py 'outputs/my run'",
     }
 
 
 def test_installed_package_without_scripts_names_none(tmp_path: Path) -> None:
-    assert next_commands(Config(), Outputs(tmp_path, tmp_path / "checkpoint/step-3", "a folder"), tmp_path / "nowhere") == {}
+    assert next_commands(Config(), Outputs(tmp_path, tmp_path / "checkpoint/step-3", "a folder"), root=tmp_path / "nowhere") == {}
