@@ -237,7 +237,7 @@ def test_missing_packages_make_an_environment_once(repo, tmp_path, bare_python):
     log = tmp_path / "pip.log"
     first = launch(repo, PATH=path_of(bare_python))
     assert first.returncode == 0, first.stderr
-    assert f"lacks torch tyro safetensors huggingface_hub tokenizers sentencepiece jinja2 numpy tqdm zlib-ng: making {repo}/.venv" in re.sub(
+    assert f"lacks torch tyro safetensors huggingface_hub tokenizers sentencepiece jinja2 numpy tqdm pyyaml zlib-ng: making {repo}/.venv" in re.sub(
         r"\btomli ", "", first.stderr
     )
     assert len(reports(first)) == 1
