@@ -193,7 +193,8 @@ def main(argv: list[str]) -> None:
             console.say("lora.dropout leaves out other inputs than the run would have that was saved: it had another layout")
         first_step = progress.step + 1
         if first_step > num_steps:
-            console.say(f"this run is finished at step {progress.step}; extend it with more --training.steps or --training.epochs (now {num_steps})")
+            how = f"extend it with more --training.steps or --training.epochs (now {num_steps} steps)"
+            console.say(f"this run is finished at step {progress.step}; {how}")
 
         # Watch: the opening lines, metrics, samples and the first validation. From here on, a signal waits for the step in hand.
         stop.wait_for_steps()
