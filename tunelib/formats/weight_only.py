@@ -42,7 +42,7 @@ def quantize_weights(model: Decoder, kind: str) -> None:
     with _torchao():
         from torchao.quantization import quantize_
 
-        quantize_(model, _torchao_config(kind, model.lm_head.weight), lambda module, _name: any(module is own for own in linear.values()))
+        quantize_(model.model, _torchao_config(kind, model.lm_head.weight), lambda _module, name: name in linear)
 
 
 def _torchao_config(kind: str, like: torch.Tensor) -> Any:

@@ -15,10 +15,10 @@ from tunelib.files import read_json
 from tunelib.formats.convert import check_target
 from tunelib.formats.export import find_companions
 from tunelib.formats.load import RUN_CONFIG, find_tokenizer_folder
-from tunelib.formats.merge import merge_stored
+from tunelib.formats.merge import Merged, merge_stored
 from tunelib.formats.peft import CONFIG_FILE as ADAPTER_CONFIG
 from tunelib.formats.peft import open_adapter
-from tunelib.formats.source import check_files, check_model, open_checkpoint
+from tunelib.formats.source import StoredModel, check_files, check_model, open_checkpoint
 from tunelib.formats.weight_only import KINDS, is_quantized, quantize_weights, read_quantized, write_quantized
 from tunelib.model.decoder import Decoder, build_on_meta
 from tunelib.parallel.runtime import DTYPES
@@ -99,15 +99,8 @@ def load_model(
         check_model(stored)
         opened = open_adapter(of_adapter) if of_adapter is not None else None
         merged = merge_stored(stored, opened) if opened else None
-        stored_dtype = next(iter(stored.weights.values())).dtype
-        wanted = DTYPES[dtype] if dtype != "auto" else stored_dtype if target.type == "cuda" else torch.float32
-        model, fields = build_on_meta(stored.config, wanted).requires_grad_(False).eval(), stored.fields
-        model.to_empty(device=target)
-        model.tie_weights()
-        for name, parameter in model.named_parameters():
-            own = merged.read(name, ()) if merged else None
-            parameter.detach().copy_(stored.read(name) if own is None else own)
-        sentence = f"{stored.sentence}, in {str(wanted).removeprefix('torch.')}"
+        model, fields = _fill(stored, merged, dtype, target), stored.fields
+        sentence = f"{stored.sentence}, in {str(model.lm_head.weight.dtype).removeprefix('torch.')}"
         if opened is not None and merged is not None:
             own_template = opened.chat_template or ""
             sentence = "; ".join([f"{sentence}, with the adapter {of_adapter}", *merged.notes])
@@ -117,6 +110,18 @@ def load_model(
     tokenizer, template = _find_words(folder, str(tokenizer_path), chat_template, own_template)
     stop_ids = (tokenizer.stop_ids if tokenizer else frozenset()) | (template.end_ids() if template else frozenset())
     return LoadedModel(model, folder, fields, tokenizer, template, stop_ids, sentence)
+
+
+def _fill(stored: StoredModel, merged: Merged | None, dtype: str, device: torch.device) -> Decoder:
+    """A whole model with stored weights, in a type by its name, and with what an adapter makes of them; one tensor is read at a time."""
+    auto = next(iter(stored.weights.values())).dtype if device.type == "cuda" else torch.float32
+    model = build_on_meta(stored.config, auto if dtype == "auto" else DTYPES[dtype]).requires_grad_(False).eval()
+    model.to_empty(device=device)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        own = merged.read(name, ()) if merged else None
+        parameter.detach().copy_(stored.read(name) if own is None else own)
+    return model
 
 
 def _base_of(adapter: Path) -> Path:
