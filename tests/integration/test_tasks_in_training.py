@@ -48,7 +48,7 @@ def figures_of(run: Run) -> list[dict[str, Any]]:
 def test_figures_are_rows_of_their_own_where_the_loss_is_measured(train: Callable[..., Run], toml: Path, capsys: pytest.CaptureFixture) -> None:
     run = train(toml, *STEPS)
     assert [row["step"] for row in figures_of(run)] == [0, 2, 4]
-    assert all(set(row) == {"step", *FIGURES} for row in figures_of(run))
+    assert all(set(row) == {"step", "tokens", *FIGURES} for row in figures_of(run))
     said = capsys.readouterr().out
     for row in figures_of(run):
         assert f"step {row['step']}: larkhaven_choice acc {row[FIGURES[0]]:.4f}, larkhaven_answer exact_match line {row[FIGURES[1]]:.4f}" in said
