@@ -198,12 +198,14 @@ def main(argv: list[str]) -> None:
 
         # Watch: the opening lines, metrics, samples and the first validation. From here on, a signal waits for the step in hand.
         stop.wait_for_steps()
+        is_unvalidated = held_out is not None and decision.resumed is not None and progress.validation_loss is None
+        was_cut = is_unvalidated and (progress.step % config.validation.freq == 0 or progress.step == num_steps)  # by the signal that ended the run
         with agreed(f"{folder} cannot be written"):
             if runtime.is_main:
                 replace_file(folder / "config.toml", resolved_toml(loaded))
             resumed_step = progress.step if decision.kind in ("resume", "finished") else None
-            metrics = closing.enter_context(open_metrics(folder, config.metrics, resumed_step, runtime.is_main, console.say))
-            samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main, console.say))
+            metrics = closing.enter_context(open_metrics(folder, config.metrics, resumed_step, was_cut, runtime.is_main, console.say))
+            samples = closing.enter_context(RowWriter(folder / SAMPLES_FILE, resumed_step, runtime.is_main, console.say, was_cut))
         since = decision.folder if resumed_step is not None and runtime.is_main else None
         if since is not None and (changed := describe_changes(since / "config.toml", folder / "config.toml")):
             console.say(f"changed since then: {changed}")
@@ -259,8 +261,6 @@ def main(argv: list[str]) -> None:
             metrics.cut(progress.step)
             samples.cut(progress.step)
 
-        is_unvalidated = held_out is not None and decision.resumed is not None and progress.validation_loss is None
-        was_cut = is_unvalidated and (progress.step % config.validation.freq == 0 or progress.step == num_steps)  # by the signal that ended the run
         if progress.step == 0 or was_cut:
             validate()
         if progress.step == 0:
@@ -348,7 +348,7 @@ def main(argv: list[str]) -> None:
             export_line = describe_export(export, proof)
         if progress.passed_over:
             console.say(f"{len(progress.passed_over)} of {step} steps were passed over: {', '.join(map(str, progress.passed_over))}")
-        outputs = Outputs(folder, checkpoint, export_line, adapter_line)
+        outputs = Outputs(folder, checkpoint, export_line, adapter_line, progress.exported, can_go_on=not early_end)
         summary.end(step, progress.tokens_seen, time.monotonic() - started, outputs, runtime, console.say)
 
 

@@ -21,5 +21,5 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
-check pytest
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} check pytest -n 2 --dist loadfile  # two at a time, of one thread: most wait for processes
 exit $status

@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,9 @@ def test_best_weights_are_exported_and_kept(train: Callable[..., Run], toml: Pat
     assert losses_of(run) == losses_of(last)
     assert steps_saved(run) == [best, 16]
     assert holds(run, saved_weights(run, best))
+    numbers = json.loads((run.folder / "summary.json").read_text())
+    assert (numbers["step"], numbers["exported_step"], numbers["exported_validation_loss"]) == (16, best, losses_of(run)[best])
+    assert f"; exported: step {best}, validation loss {losses_of(run)[best]:.4f}" in (run.folder / "summary.txt").read_text()
     assert not holds(run, saved_weights(run, 16))
     assert f"to be exported: the weights of step {best}, with validation loss {losses_of(run)[best]}" in capsys.readouterr().out
     whole = {name: tensor.clone() for name, tensor in run.weights().items()}
@@ -128,6 +132,7 @@ def test_run_ends_when_its_patience_does_and_restarts_know_it(train: Callable[..
     run = train(toml, *STEPS, *UP_AND_DOWN, "--validation.patience", "1")
     assert "the run ends here (validation.patience)" in capsys.readouterr().out
     assert max(row["step"] for row in run.rows()) == end
+    assert "train on" not in (run.folder / "summary.txt").read_text(), "more steps would not begin"
     assert holds(run, saved_weights(run, end))
     rows = run.rows()
     train(toml, *STEPS, *UP_AND_DOWN, "--validation.patience", "1", folder=run.folder)
@@ -164,6 +169,29 @@ def test_stopped_and_resumed_run_ends_and_exports_as_the_one_that_never_stopped(
     assert resumed.series("loss") == whole.series("loss")
     assert steps_saved(resumed) == steps_saved(whole)
     assert holds(resumed, whole.weights())
+
+
+def test_validation_that_a_signal_cut_is_written_once_however_often_the_finished_run_is_started(
+    train: Callable[..., Run], few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*STEPS, *OVERFITTED, "--validation.prompts", "Who?"]
+    whole, cut, evaluate = train(few, *words), Run(tmp_path / "cut"), program.evaluate
+
+    def stop_after_the_last_step(*given: Any) -> float | None:
+        if len(cut.series("loss")) == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*given)
+
+    monkeypatch.setattr(program, "evaluate", stop_after_the_last_step)
+    with pytest.raises(Stopped):
+        train(few, *words, folder=cut.folder)
+    monkeypatch.setattr(program, "evaluate", evaluate)
+    assert len(cut.series("validation_loss")) == len(whole.series("validation_loss")) - 1
+    for _ in range(2):
+        train(few, *words, folder=cut.folder)
+        assert losses_of(cut) == losses_of(whole)
+        assert cut.series("validation_loss") == whole.series("validation_loss")
+        assert cut.samples() == whole.samples()
 
 
 def test_two_processes_end_and_export_as_one(train: Callable[..., Run], few: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Progress:
         tokens_seen: positions trained on, padding not counted.
         passed_over: steps that were taken without an update, because their numbers were not finite.
         validation_loss: of the weights as they are; None where they were not validated.
+        exported: the step whose weights the run ends with, and their validation loss, where it had the choice.
         best_step, best_loss: of the validation with the lowest loss so far; num_worse: how many there were since then.
     """
 
@@ -47,6 +49,7 @@ class Progress:
         self._layout, self._runtime, self._begun = layout, runtime, begun
         self.step, self.tokens_seen, self.passed_over = begun.step, begun.tokens_seen, list(begun.passed_over)
         self.validation_loss: float | None = None
+        self.exported: tuple[int, float] | None = None
         self.best_step, self.best_loss, self.num_worse = begun.best_step, begun.best_loss, begun.num_worse
 
     @property
@@ -141,13 +144,15 @@ class Progress:
         if not manager.section.load_best_at_end:
             return ""
         if self.step == self.best_step:
+            self.exported = (self.step, cast(float, self.best_loss))
             return f"to be exported: the last weights, whose validation loss ({self.best_loss}) is the lowest"
         best = manager.find_best(self.best_step)
         if best is None or best[0] == self.step:
             return f"to be exported: the last weights, whose validation loss is the lowest of those that are saved{self._beyond(self.step)}"
         step, loss = best
         manager.load_weights(model_tensors(self._model), step)
-        loss = self.best_loss if step == self.best_step else loss
+        loss = cast(float, self.best_loss if step == self.best_step else loss)
+        self.exported = (step, loss)
         return f"to be exported: the weights of step {step}, with validation loss {loss}{self._beyond(step)}"
 
     def _beyond(self, step: int) -> str:

@@ -109,17 +109,24 @@ class RowWriter:
         resumed_step: rows of later steps, which the run will make again, are cut; None starts the file anew.
         active: False on ranks that do not write.
         say: tells the user.
+        is_revalidated: the run will make the validation of ``resumed_step`` again, too, and its samples.
         sinks: hold the rows that the file holds.
     """
 
     def __init__(
-        self, path: Path, resumed_step: int | None, active: bool, say: Callable[[str], None] = print, sinks: Callable[[], Sequence[Sink]] = tuple
+        self,
+        path: Path,
+        resumed_step: int | None,
+        active: bool,
+        say: Callable[[str], None] = print,
+        is_revalidated: bool = False,
+        sinks: Callable[[], Sequence[Sink]] = tuple,
     ):
         self._path, self._say = path, say
         self._file: PatientFile | None = None
         self._sinks: Sequence[Sink] = ()
         if active:
-            rows = _rows_up_to(path.read_bytes(), resumed_step) if resumed_step is not None and path.exists() else []
+            rows = _rows_up_to(path.read_bytes(), resumed_step, is_revalidated) if resumed_step is not None and path.exists() else []
             self._file = PatientFile(path, "".join(rows).encode(), say)
             self._sinks = sinks()
             self._begin_sinks(rows)
@@ -167,10 +174,12 @@ class RowWriter:
                 sink.close()
 
 
-def _rows_up_to(content: bytes, step: int) -> list[str]:
+def _rows_up_to(content: bytes, step: int, is_revalidated: bool = False) -> list[str]:
     kept = []
     for line in content.decode(errors="replace").split("\n"):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash has cut off
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            is_of_step = "lr" in row  # others stand for a look at the weights after it
+            if row["step"] <= step and (row["step"] < step or is_of_step or not is_revalidated):
                 kept.append(line + "\n")
     return kept

@@ -37,14 +37,16 @@ MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "o
 """What $WANDB_MODE may say → the mode. "dryrun" is its older word."""
 
 
-def open_metrics(folder: Path, section: Metrics, resumed_step: int | None, active: bool, say: Callable[[str], None]) -> RowWriter:
+def open_metrics(
+    folder: Path, section: Metrics, resumed_step: int | None, is_revalidated: bool, active: bool, say: Callable[[str], None]
+) -> RowWriter:
     """metrics.jsonl of a run folder, which holds config.toml, with the sinks that the settings ask for; see RowWriter."""
 
     def open_sinks() -> list[Sink]:
         sinks: list[Sink] = [TensorBoard(folder / section.save_tb_folder, say)] if section.enable_tensorboard else []
         return [*sinks, WeightsAndBiases(folder, section, say)] if section.enable_wandb else sinks
 
-    return RowWriter(folder / METRICS_FILE, resumed_step, active, say, open_sinks)
+    return RowWriter(folder / METRICS_FILE, resumed_step, active, say, is_revalidated, open_sinks)
 
 
 def check_sinks(section: Metrics, active: bool) -> None:

@@ -1,6 +1,7 @@
 """The end of a run, in lines that a reader will copy and numbers that a program will read: summary.txt and summary.json."""
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -39,12 +40,16 @@ class Outputs:
         checkpoint: the last one; None for none.
         export: what the export is, in words; empty for none.
         adapter: what the adapter is, in words; empty for none.
+        exported: the step whose weights they are, and their validation loss, where those of the lowest one were asked for.
+        can_go_on: whether more steps would train on.
     """
 
     folder: Path
     checkpoint: Path | None = None
     export: str = ""
     adapter: str = ""
+    exported: tuple[int, float] | None = None
+    can_go_on: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,11 +133,12 @@ class Summary:
         loss = f"; training loss {np.mean(self._losses):.4f} (mean of the last {len(self._losses)} steps)" if self._losses else ""
         first, last = (f"{loss:.4f}" for loss in (self._validations[0], self._validations[-1])) if self._validations else ("", "")
         validation = f"; validation loss {first} → {last}" if len(self._validations) > 1 else f"; validation loss {last}" if last else ""
+        exported = f"; exported: step {outputs.exported[0]:,}, validation loss {outputs.exported[1]:.4f}" if outputs.exported else ""
         rate = f"{self._tokens / self._seconds:,.0f} tokens/s; " if self._seconds else ""
         age = f", the first step after {self._age:.1f} s" if self._age is not None else ""
         return [
             f"trained    {self._what}",
-            f"done       step {end.step:,}{loss}{validation}",
+            f"done       step {end.step:,}{loss}{validation}{exported}",
             f"speed      {rate}{end.tokens_seen:,} tokens in all; {end.seconds:.1f} s in this process{age}; peak memory {end.memory_gib:.2f} GiB",
             *([f"machine    {self._describe_share(end.peak)}"] if end.peak else []),
             f"written    {outputs.folder / METRICS_FILE}",
@@ -145,16 +151,18 @@ class Summary:
         ]
 
     def numbers(self, end: End) -> dict[str, Any]:
-        """The same for a program; units are in the names, losses in nats per trained token, None is what was not measured."""
+        """The same for a program; units are in the names, losses in nats per trained token, None is what was not measured or is not finite."""
         rate = self._flops / self._seconds if self._seconds else None
         outputs = end.outputs
         return {
             "trained": self._what,
             "step": end.step,
             "steps_in_this_process": self._num_steps,
-            "training_loss": float(np.mean(self._losses)) if self._losses else None,
-            "first_validation_loss": self._validations[0] if self._validations else None,
-            "validation_loss": self._validations[-1] if self._validations else None,
+            "training_loss": _finite(float(np.mean(self._losses))) if self._losses else None,
+            "first_validation_loss_in_this_process": _finite(self._validations[0]) if self._validations else None,
+            "validation_loss": _finite(self._validations[-1]) if self._validations else None,
+            "exported_step": outputs.exported[0] if outputs.exported else end.step,
+            "exported_validation_loss": outputs.exported[1] if outputs.exported else None,
             "tokens": end.tokens_seen,
             "tokens_per_second": self._tokens / self._seconds if self._seconds else None,
             "seconds_in_this_process": end.seconds,
@@ -182,6 +190,10 @@ class Summary:
         lengths = [length for batch in work.batches for length in batch.document_lengths]
         share = work.num_tokens / sum(lengths) if lengths else 0.0
         return step_flops(self._model, lengths, 0, rank) * share + step_flops(self._model, [], work.num_trained, rank)
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def what_is_trained(config: Config, num_parameters: int, trained: dict[str, torch.Size], num_steps: int, weights: str) -> str:
@@ -222,7 +234,7 @@ def next_commands(config: Config, outputs: Outputs, world_size: int = 1, root: P
     if plot := script("plot_runs.py"):
         commands["look at the curves"] = f"{plot} {folder}"
     is_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
-    if outputs.checkpoint and not config.checkpoint.model_weights_only and is_here and (root / "train.py").exists():
+    if outputs.checkpoint and outputs.can_go_on and not config.checkpoint.model_weights_only and is_here and (root / "train.py").exists():
         key, length = ("steps", config.training.steps) if config.training.steps else ("epochs", config.training.epochs)
         program = f"{python} {shlex.quote(_short(root / 'train.py'))}"
         if world_size > 1:

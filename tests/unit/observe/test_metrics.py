@@ -42,6 +42,18 @@ def test_resumed_run_cuts_the_rows_that_it_will_make_again(tmp_path: Path) -> No
     assert read_rows(path) == [*STEPS[:2], {"step": 3, "loss": 9.0}]
 
 
+def test_validation_that_is_made_again_leaves_no_earlier_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    looks = [{"step": 2, "validation_loss": 1.0}, {"step": 2, "tasks/some/acc": 0.5}]
+    rows = [{"step": 1, "lr": 1.0}, {"step": 1, "validation_loss": 2.0}, {"step": 2, "lr": 1.0}, *looks]
+    write_rows(path, rows)
+    write_rows(path, [], resumed_step=2)
+    assert read_rows(path) == rows
+    with RowWriter(path, 2, active=True, is_revalidated=True) as writer:
+        writer.write(looks[0])
+    assert read_rows(path) == [*rows[:3], looks[0]]
+
+
 def test_fresh_run_begins_the_file_anew(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_rows(path, STEPS)

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 def write(folder: Path, section: Metrics, rows: list[dict[str, Any]], resumed_step: int | None = None, cut: int | None = None) -> list[str]:
     """Rows through metrics.jsonl and its sinks; what was said."""
     said: list[str] = []
-    with open_metrics(folder, section, resumed_step, True, said.append) as metrics:
+    with open_metrics(folder, section, resumed_step, False, True, said.append) as metrics:
         for row in rows:
             metrics.write(row)
         metrics.sync()
@@ -97,7 +97,7 @@ def test_tensorboard_that_looks_on_forgets_what_was_taken_back(folder: Path) -> 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tb"))
-    with open_metrics(folder, TB, None, True, print) as metrics:
+    with open_metrics(folder, TB, None, False, True, print) as metrics:
         for row in ROWS:
             metrics.write(row)
         events.Reload()
@@ -126,7 +126,7 @@ def test_wandb_holds_the_settings(folder: Path) -> None:
 
 def test_other_ranks_open_no_sink(folder: Path) -> None:
     both = Metrics(enable_tensorboard=True, enable_wandb=True, wandb_mode="offline")
-    with open_metrics(folder, both, None, False, print) as metrics:
+    with open_metrics(folder, both, None, False, False, print) as metrics:
         metrics.write(ROWS[0])
     assert [path.name for path in folder.iterdir()] == ["config.toml"]
 
@@ -194,7 +194,7 @@ def test_hanging_service_is_not_waited_for(folder: Path, monkeypatch: pytest.Mon
 def test_tensorboard_waits_for_room_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only its own disk is full, from the third row to the fifth."""
     said: list[str] = []
-    with open_metrics(folder, TB, None, True, said.append) as metrics:
+    with open_metrics(folder, TB, None, False, True, said.append) as metrics:
         (sink,) = metrics._sinks
         real, is_full = sink._file._file, False  # type: ignore[attr-defined]
 

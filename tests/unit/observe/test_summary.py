@@ -85,6 +85,14 @@ def test_end_is_told_and_written(tmp_path: Path) -> None:
     assert (tmp_path / "summary.txt").read_bytes() == before, "a start that found the run finished has nothing to add"
 
 
+def test_loss_that_is_not_finite_is_no_number_of_json(tmp_path: Path) -> None:
+    summary = make_summary(1)
+    summary.add_validation(float("nan"))
+    summary.end(1, 10, 1.0, Outputs(tmp_path), CPU, lambda line: None)
+    numbers = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert numbers["validation_loss"] is None
+
+
 def test_longer_run_is_held_against_the_machine(tmp_path: Path) -> None:
     said: list[str] = []
     make_summary(2, seconds=3.0).end(2, 20, 7.0, Outputs(tmp_path), CPU, said.append)
