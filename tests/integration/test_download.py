@@ -68,6 +68,11 @@ def fetched() -> set[str]:
     return {path.partition(f"/resolve/{NEW}/")[2] for path in Hub.asked if f"/resolve/{NEW}/" in path}
 
 
+def test_download_does_without_torch() -> None:
+    code = "import sys, tunelib.formats.hub; raise SystemExit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_download_fetches_what_training_needs(hub: str, tmp_path: Path, name: str) -> None:
     done = download(hub, tmp_path, f"someone/{name}")

@@ -66,7 +66,7 @@ def plan_of(given: dict[str, Any], world_size: int) -> Plan:
     return Plan(model, world_size, "cpu", training, **{name: kind(**given.get(name, {})) for name, kind in kinds.items()})
 
 
-@pytest.mark.parametrize("world_size", CASES)
+@pytest.mark.parametrize("world_size", [pytest.param(size, marks=[pytest.mark.slow] if size > 1 else []) for size in CASES])
 def test_estimate_is_what_torch_tracks_in_a_step_that_is_taken(world_size: int) -> None:
     """Within 10 per cent is what is promised; with the same torch both see the same tensors, so that we ask for 0.1 per cent.
 

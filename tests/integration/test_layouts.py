@@ -71,7 +71,8 @@ COMMON = ["--training.steps", "10", "--lr_scheduler.warmup_steps", "3", "--check
 
 
 class Grid:
-    """Every kind of training on one process, and on every layout; each layout is run when it is first asked for.
+    """Every kind of training on one process, and on every layout; each layout is run when it is first asked for,
+    once for what is trained everywhere and once for the rest.
 
     The processes of one layout run nothing else: torch remembers how it spread what over which groups.
     """
@@ -81,13 +82,14 @@ class Grid:
         data = write_chats(folder / "chats.jsonl", 300)
         extra = '[validation]\nenable = true\nfraction = 0.1\nfreq = 10\nprompts = ["say sage"]\nmax_new_tokens = 4\n'
         self.toml = write_toml(folder / "tiny.toml", data, extra)
-        self._done: set[str] = set()
+        self._done: set[tuple[str, bool]] = set()
 
     def run(self, layout: str, kind: str) -> Run:
-        if layout not in self._done:
+        asked = (layout, kind in EVERYWHERE)
+        if asked not in self._done:
             size, words = next(((size, words) for (size, name), words in LAYOUTS.items() if f"{size} {name}" == layout), (1, []))
-            run_processes([self._words(layout, name, words) for name in list_kinds(layout)], size, timeout=400)
-            self._done.add(layout)
+            run_processes([self._words(layout, name, words) for name in list_kinds(layout) if (name in EVERYWHERE) == asked[1]], size, timeout=400)
+            self._done.add(asked)
         return Run(self.folder / f"{layout}-{kind}")
 
     def _words(self, layout: str, kind: str, words: list[str]) -> list[str]:
@@ -101,7 +103,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
 
 
 GRID = [
-    pytest.param(f"{size} {name}", kind, marks=[pytest.mark.slow] if size > 2 or name == "replicate" else [])
+    pytest.param(f"{size} {name}", kind, marks=[pytest.mark.slow] if size > 2 or name == "replicate" or kind not in EVERYWHERE else [])
     for size, name in LAYOUTS
     for kind in list_kinds(f"{size} {name}")
 ]

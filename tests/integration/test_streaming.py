@@ -38,7 +38,7 @@ split = "test"
         yield path
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_streamed_run_resumes_exactly(world_size: int, toml: Path, tmp_path: Path) -> None:
     def words(folder: str, steps: int) -> list[str]:
         return [str(toml), "--job.dump_folder", str(tmp_path / folder), "--training.steps", str(steps), *WORDS]

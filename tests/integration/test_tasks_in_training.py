@@ -63,7 +63,7 @@ def test_scoring_changes_nothing_of_the_training(train: Callable[..., Run], toml
     assert scored.series("loss") == train(plain, *words).series("loss")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[] if name == "shard" else [pytest.mark.slow]) for name in LAYOUTS])
 def test_figures_do_not_depend_on_the_layout(train: Callable[..., Run], toml: Path, tmp_path: Path, layout: str) -> None:
     """Each log-likelihood is compared, not the share of right answers alone."""
     words = [*STEPS, "--training.dtype", "float64"]

@@ -179,6 +179,7 @@ def assert_equal_runs(found: Run, expected: Run) -> None:
         assert found.series(name) == pytest.approx(expected.series(name), rel=1e-9), name
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_one_process_does_through_the_network(machines: Machines, toml: Path, whole: Run, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     second = machines.start(1, toml, run)

@@ -103,6 +103,7 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> lis
     return losses
 
 
+@pytest.mark.slow
 def test_moments_of_8_bits_train_as_well_in_a_quarter_of_the_memory() -> None:
     losses = {}
     for name in ("AdamW", "AdamW8bit"):
@@ -139,6 +140,7 @@ def test_state_of_8_bits_that_was_written_down_goes_on_bit_for_bit() -> None:
     assert begun + learn(cut, second, 3) == expected
 
 
+@pytest.mark.slow
 def test_moments_of_8_bits_where_a_process_has_no_row(tmp_path: Path) -> None:
     """Two processes share a matrix of one row: the same training as in one, and the same codes."""
     program = """

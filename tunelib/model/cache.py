@@ -23,6 +23,7 @@ class KeyValues:
         self.length = 0
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._next = 0
+        self._masks: dict[int, Tensor] = {}  # of this forward pass, by window
         self._is_padded = bool((begins > 0).any())
 
     def positions(self, num_new: int) -> Tensor:
@@ -53,6 +54,8 @@ class KeyValues:
     def _store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of the layer whose turn it is; where there is no room for more, room is doubled."""
         number, end = self._next, self.length + k.shape[1]
+        if number == 0:
+            self._masks.clear()
         held = self._layers[number]
         if held is None or held[0].shape[1] < end:
             shape = (k.shape[0], max(2 * self.length, end + 64), *k.shape[2:])
@@ -69,10 +72,13 @@ class KeyValues:
         return held[0][:, :end], held[1][:, :end]
 
     def _mask(self, num_new: int, num_keys: int, window: int) -> Tensor:
-        """(B, 1, n, T): True where a key counts. Padding attends to itself, so that it has no softmax over nothing."""
+        """(B, 1, n, T): True where a key counts; made once for all layers. Padding attends to itself, so that it has no softmax over nothing."""
+        if window in self._masks:
+            return self._masks[window]
         keys = torch.arange(num_keys, device=self.begins.device)
         queries = keys[num_keys - num_new :, None]  # (n, 1)
         counts = (keys <= queries) & (keys >= self.begins[:, None, None])  # (B, n, T)
         if window:
             counts &= keys > queries - window
-        return (counts | (keys == queries))[:, None]
+        self._masks[window] = (counts | (keys == queries))[:, None]
+        return self._masks[window]

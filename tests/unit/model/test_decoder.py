@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from unit.samples import TINY_FIELDS, tiny_config, tiny_model
 
-from tunelib.model.decoder import build_on_meta, draw_weight
+from tunelib.model.decoder import FASTER_TURNED, build_on_meta, draw_weight
 
 SHAPE = torch.Size((48, 32))
 
@@ -74,3 +74,10 @@ def test_drawn_weights_have_the_spread_that_the_config_says() -> None:
     for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"):
         assert (draw_weight(config, name, torch.Size((8,)), 0) == 1).all()
     assert (draw_weight(config, "model.layers.0.self_attn.q_proj.bias", torch.Size((8,)), 0) == 0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, FASTER_TURNED, FASTER_TURNED + 1])
+def test_logits_of_few_rows_are_those_of_the_head(rows: int) -> None:
+    model = tiny_model(torch.float32)
+    hidden = torch.randn(rows, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.logits_of(hidden), model.lm_head(hidden), rtol=1e-5, atol=1e-6)

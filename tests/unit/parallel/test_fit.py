@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from unit.samples import TINY_FIELDS
 
 from tunelib.config.schema import Parallelism, Training
@@ -51,6 +52,7 @@ def test_sharing_comes_before_all() -> None:
     assert words == "--parallelism.data_parallel_replicate_degree 1 --parallelism.data_parallel_shard_degree -1"
 
 
+@pytest.mark.slow
 def test_more_gpus_share_the_batch_where_it_divides() -> None:
     deep = replace(MODEL, num_hidden_layers=12, vocab_size=64)  # most of its memory is state
     training = replace(PLAN.training, local_batch_size=-1, seq_len=8)
