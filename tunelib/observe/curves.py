@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from tunelib.observe.runs import Points, RunRecord
 
 COLUMNS = 500
@@ -108,10 +110,11 @@ def thin(points: Points, columns: int = COLUMNS) -> Points:
 
 def running_mean(points: Points, span: int) -> Points:
     """The mean of each point and those before it, ``span`` in all; fewer at the beginning."""
-    values = [value for _, value in points]
+    values = np.array([value for _, value in points])
     # Each sum by itself: what is added to a running one and taken away again takes the smaller ones' digits with it.
-    windows = (values[max(0, at + 1 - span) : at + 1] for at in range(len(values)))
-    return [(step, math.fsum(window) / len(window)) for (step, _), window in zip(points, windows, strict=True)]
+    begun = [values[: at + 1].mean() for at in range(min(span - 1, len(values)))]
+    whole = np.lib.stride_tricks.sliding_window_view(values, span).mean(-1).tolist() if span <= len(values) else []
+    return [(step, float(mean)) for (step, _), mean in zip(points, [*begun, *whole], strict=True)]
 
 
 def value_axis(chart: Chart, curves: list[Curve]) -> Axis:
