@@ -16,6 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tunelib.config import Config, load_or_exit
+from tunelib.config.fields import find_nearest
+from tunelib.config.sizes import SIZES
 from tunelib.data.prepare import find_words
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.errors import ConfigError, TunelibError
@@ -57,7 +59,8 @@ def know_model(config: Config) -> ModelConfig:
     """As training does, but without a tokenizer where nothing depends on it."""
     section, path = config.model, config.checkpoint.initial_load_path
     if path and not Path(path).exists():
-        way = f"get it, or name the model: --model.flavor llama3.1-8b --model.tokenizer_path {path}"
+        flavor = find_nearest(Path(path).name, SIZES) or "NAME, one of " + ", ".join(SIZES)
+        way = f"get it, or name the model: --model.flavor {flavor} --model.tokenizer_path {path}"
         raise ConfigError(f"checkpoint.initial_load_path: there is no {path}; {way}")
     folder = find_tokenizer_folder(section.tokenizer_path, path)
     vocab_size = 0

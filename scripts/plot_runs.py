@@ -44,6 +44,9 @@ def main(argv: list[str]) -> None:
     words = read_words(argv)
     runs = load_runs(words.runs)
     out = words.out or (None if words.png else words.runs[0] / PAGE_FILE)
+    for name, path in (("--out", words.out), ("--png", words.png)):
+        if path and path.is_dir():
+            raise ConfigError(f"{name} {path} is a folder; name a file, such as {path / PAGE_FILE}")
     try:
         if out:
             replace_file(out, build_page(runs))

@@ -195,7 +195,8 @@ def test_program_says_what_a_run_needs_and_what_would_fit(tmp_path: Path) -> Non
         (["--ngpu", "0"], "--ngpu 0: must be at least 1"),
         (["--ngpu", "3"], "training.global_batch_size = 8 (default): is not a multiple of 3 processes"),
         (["--ngpu", "2", "--parallelism.tensor_parallel_degree", "2"], "does not divide num_attention_heads = 9"),
-        (["--checkpoint.initial_load_path", "nowhere"], "there is no nowhere; get it, or name the model"),
+        (["--checkpoint.initial_load_path", "nowhere"], "there is no nowhere; get it, or name the model: --model.flavor NAME"),
+        (["--checkpoint.initial_load_path", "assets/Llama-2-7b-hf"], "--model.flavor llama2-7b --model"),
     ],
 )
 def test_mistake_is_a_sentence(tmp_path: Path, words: list[str], says: str) -> None:

@@ -53,6 +53,8 @@ def test_script_says_what_is_wrong(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "is no run folder: it has no metrics.jsonl" in done.stderr
     folder = write_run(tmp_path / "run", 3)
+    done = plot(folder, "--out", tmp_path)
+    assert (done.returncode, "is a folder; name a file, such as" in done.stderr) == (2, True)
     done = plot(folder, "--out", tmp_path / "nowhere/page.html")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "cannot be written: No such file or directory; name another file" in done.stderr

@@ -156,7 +156,8 @@ def show_type(field: Field) -> str:
     """The type for people: 'int, at least 1', '"steps" | "seconds"'."""
     if field.choices:
         return " | ".join(f'"{choice}"' for choice in field.choices)
-    name = {"words": "list of str", "str": "path" if field.path and not field.path.suffix else "str"}.get(field.kind, field.kind)
+    names = {"words": "list of str", "str": "path" if field.path and not field.path.suffix else "str"}
+    name = f'bool or "{AUTO}"' if field.kind == "bool" and field.optional else names.get(field.kind, field.kind)
     return f"{name}, {show_bounds(field.bounds)}" if field.bounds != Bounds() else name
 
 
@@ -195,7 +196,7 @@ def parse_word(field: Field, word: str) -> object:
 
 def find_nearest(word: str, names: Iterable[str]) -> str | None:
     """The name that was probably meant, if any is close."""
-    plain = {name.replace("_", "").lower(): name for name in names}
+    plain = {name.replace("_", "").replace("-", "").lower(): name for name in names}
     matches = difflib.get_close_matches(word.replace("_", "").replace("-", "").lower(), list(plain), n=1, cutoff=0.6)
     return plain[matches[0]] if matches else None
 

@@ -60,7 +60,8 @@ def import_config(file: str, overrides: Sequence[str] = (), ngpu: int = 0, name:
     else:
         translation = translate_torchtune(read_yaml(file, text, overrides), ngpu)
     written = translation.write()
-    return Imported(written, translation, tuple(find_problems(written, translation.world_size, name)))
+    unreadable = [f"{file}: {what}: {fault}" for what, fault in translation.unreadable.items()]
+    return Imported(written, translation, (*unreadable, *find_problems(written, translation.world_size, name)))
 
 
 def find_problems(text: str, world_size: int, name: str) -> list[str]:

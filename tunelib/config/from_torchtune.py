@@ -39,6 +39,13 @@ ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 ADAM_DEFAULTS = {"weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 """torch's and bitsandbytes's own."""
+MODEL_KEYS = {
+    *("_component_", "vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim", "max_seq_len", "intermediate_dim", "head_dim"),
+    *("attn_dropout", "norm_eps", "rope_base", "scale_factor", "tie_word_embeddings", "hidden_capping_value", "final_capping_value"),
+    *("sliding_window_size", "query_pre_attn_scalar", "lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output", "lora_rank"),
+    *("lora_alpha", "lora_dropout", "use_dora", "quantize_base"),
+}
+"""What torchtune's builders of models take."""
 LOGGERS = {"TensorBoardLogger": "metrics.enable_tensorboard", "WandBLogger": "metrics.enable_wandb"}
 NEEDLESS = {
     "device": "the machine's GPUs, or its CPU where it has none",
@@ -138,10 +145,15 @@ def translate_torchtune(source: Source, ngpu: int = 0) -> Translation:
     for key, today in SAME.items():
         if source.values.get(key) is not None:
             found.put(today, source.values[key], key)
+    if "seed" in source.values and source.values["seed"] is None:
+        found.spare("seed", "drawn there, another one each time; here training.seed is 0 unless you give one")
     if source.values.get("shuffle") is False:
         found.lose("shuffle", "documents are always shuffled, by training.seed")
     for key in source.left():
         table = key.partition(".")[0]
+        if table == "model" and key.removeprefix("model.") not in MODEL_KEYS:
+            found.lose(key, "no parameter of torchtune's models that is known here", source.values[key])
+            continue
         reason = REASONS.get(key) or REASONS.get(table if table not in NEEDLESS else "", "")
         if not reason and table in NEEDLESS:
             found.spare(key, NEEDLESS[table])

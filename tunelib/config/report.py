@@ -1,7 +1,7 @@
 """Settings for people: the table that ``python -m tunelib.config`` prints, and the page ``docs/config.md``."""
 
 from tunelib.config.effect import has_effect
-from tunelib.config.fields import FIELDS, SECTIONS, TABLE_FIELDS, TABLE_SECTIONS, TABLES, is_unset, read_meanings, show_type, show_value
+from tunelib.config.fields import AUTO, FIELDS, SECTIONS, TABLE_FIELDS, TABLE_SECTIONS, TABLES, is_unset, read_meanings, show_type, show_value
 from tunelib.config.load import LoadedConfig, read_value
 
 DOCS_HEADER = """# Settings
@@ -42,7 +42,8 @@ def render_docs() -> str:
         text += f"\n## {title}\n\n{meanings[section]}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
         for key, field in (FIELDS | TABLE_FIELDS).items():
             if field.section == section:
-                default = "" if is_unset(field.default) else f"`{show_value(field.default)}`"
+                unset = f'`"{AUTO}"`' if field.kind == "bool" else ""
+                default = unset if is_unset(field.default) else f"`{show_value(field.default)}`"
                 cells = [f"`{field.name}`", show_type(field), default, meanings[key]]
                 text += "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
     return text

@@ -76,6 +76,8 @@ class Translation:
     """The tables [[dataset.mix]], by dotted key."""
     lost: dict[str, str] = field(default_factory=dict)
     """What has no counterpart → why, in a few words."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Values of another type than the setting's, which the file must be corrected for → what was expected; among ``lost``, too."""
     needless: dict[str, str] = field(default_factory=dict)
     """What needs no setting here: it is off, always so, or without effect beside the rest → why."""
 
@@ -90,6 +92,8 @@ class Translation:
         if key not in FIELDS:
             self.lose(given, explain_unbuilt(key), value)
         elif fault := find_fault(FIELDS[key], value):
+            if isinstance(value, str) and FIELDS[key].kind in ("bool", "int", "float"):
+                self.leave_out(given, fault, self.unreadable)
             self.lose(given, fault, value)
         else:
             self.lines[key] = Line(convert_value(FIELDS[key], value), self.describe(given, bool(origins), why))

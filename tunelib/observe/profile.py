@@ -4,6 +4,7 @@ Nothing is measured, and nothing waited for, in steps that are not profiled.
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ class Profiler:
         self.end()
         if self._section.enable_profiling and step % self._section.profile_freq == 0:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._runtime.device.type == "cuda" else [])]
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler's library writes its own lines among the steps
             self._active = (step, profile(activities=activities))
             self._active[1].start()
 

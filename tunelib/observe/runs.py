@@ -96,7 +96,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):  # without its end yet
                 break
             way = "a run that resumes mends what a crash has left; else remove that line"
-            raise DataError(f"{path}:{number}: is no row of metrics ({error}): {line[:60].decode(errors='replace')!r}; {way}") from None
+            raise DataError(f"{path}:{number}: is no row ({error}): {line[:60].decode(errors='replace')!r}; {way}") from None
         rows.append(row)
     return rows
 

@@ -115,6 +115,8 @@ class Summary:
         memory = largest_of_ranks(peak_memory_gib(runtime.device), runtime.device)
         is_tiny = largest_of_ranks(self._seconds, runtime.device) < TINY_SECONDS
         peak = None if is_tiny else find_peak(runtime.device, runtime.compute_dtype)
+        if peak and self._flops > self._seconds * peak.flops_per_second:
+            peak = None  # something else had the machine while it was measured
         commands = next_commands(self._config, outputs, runtime.world_size)
         end = End(step, tokens_seen, seconds, memory, outputs, peak, commands)
         lines = self.lines(end)

@@ -203,6 +203,23 @@ def test_what_is_on_and_not_built_is_told(tmp_path: Path) -> None:
     ]
 
 
+def test_value_that_cannot_be_read_does_not_pass(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(FULL)
+    imported = import_config(str(tmp_path / "recipe.yaml"), ("optimizer.lr=fast",))
+    assert imported.problems == (f'{tmp_path / "recipe.yaml"}: optimizer.lr = "fast": expected a number',)
+
+
+def test_unknown_key_of_the_model_is_left_out_and_said(tmp_path: Path) -> None:
+    imported, _ = read(FULL, tmp_path, "model.lora_rnk=9")
+    assert imported.translation.lost["model.lora_rnk = 9"] == "no parameter of torchtune's models that is known here"
+
+
+def test_seed_that_is_drawn_is_said_to_be_another_here(tmp_path: Path) -> None:
+    imported, config = read(FULL, tmp_path)
+    assert config.training.seed == 0
+    assert "here training.seed is 0" in imported.translation.needless["seed = null"]
+
+
 def test_what_another_key_stands_for_keeps_its_type(tmp_path: Path) -> None:
     words = ("rows=4", "is_packed=false", "batch_size=${rows}", "dataset.packed=${is_packed}")
     _, config = read(FULL, tmp_path, *words)

@@ -30,7 +30,7 @@ def test_line_that_is_no_row_is_named(tmp_path: Path, line: str) -> None:
     folder = write_run(tmp_path / "one", 3)
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(f"{line}\n{text}")
-    with pytest.raises(DataError, match=r"metrics.jsonl:1: is no row of metrics .* else remove that line"):
+    with pytest.raises(DataError, match=r"metrics.jsonl:1: is no row .* else remove that line"):
         load_runs([folder])
 
 

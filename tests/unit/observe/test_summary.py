@@ -102,6 +102,14 @@ def test_longer_run_is_held_against_the_machine(tmp_path: Path) -> None:
     assert 0 < numbers["share_of_machine"] < 1
 
 
+def test_peak_below_what_was_reached_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "find_peak", lambda *words: Peak(1.0, "measured while another program had the machine"))
+    said: list[str] = []
+    make_summary(2, seconds=3.0).end(2, 20, 7.0, Outputs(tmp_path), CPU, said.append)
+    assert not any(line.startswith("machine") for line in said)
+    assert json.loads((tmp_path / "summary.json").read_text())["share_of_machine"] is None
+
+
 def test_disk_without_room_is_told_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
