@@ -13,6 +13,7 @@ projection has a bias.
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -54,6 +55,8 @@ def make_smollm2(out: Path = DEFAULT_OUT, dtype: str = "bfloat16") -> Path:
     """
     if is_complete(out, dtype):
         return out
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError(f"the package gguf is missing, which reads what the model comes in: {sys.executable} -m pip install gguf")
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists and is not a complete SmolLM2-135M-Instruct in {dtype}; remove it, or name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +210,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="the folder to make; nothing happens if it is already there")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of the written weights (the published model has bfloat16)")
     arguments = parser.parse_args()
-    print(make_smollm2(arguments.out, arguments.dtype))
+    try:
+        print(make_smollm2(arguments.out, arguments.dtype))
+    except (FileExistsError, ModuleNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

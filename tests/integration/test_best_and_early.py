@@ -71,7 +71,7 @@ def holds(run: Run, weights: dict[str, torch.Tensor]) -> bool:
 def end_of_patience(run: Run, patience: int) -> int:
     """The step at which a run that has these losses is to end, were it long enough."""
     lowest, worse = float("inf"), 0
-    for step, loss in losses_of(run).items():
+    for step, loss in list(losses_of(run).items())[1:]:  # the first is of weights not trained yet
         lowest, worse = min(lowest, loss), 0 if loss < lowest else worse + 1
         if worse == patience:
             return step
@@ -91,7 +91,7 @@ def test_best_weights_are_exported_and_kept(train: Callable[..., Run], toml: Pat
     assert (numbers["step"], numbers["exported_step"], numbers["exported_validation_loss"]) == (16, best, losses_of(run)[best])
     assert f"; exported: step {best}, validation loss {losses_of(run)[best]:.4f}" in (run.folder / "summary.txt").read_text()
     assert not holds(run, saved_weights(run, 16))
-    assert f"to be exported: the weights of step {best}, with validation loss {losses_of(run)[best]}" in capsys.readouterr().out
+    assert f"to be exported: the weights of step {best}, with validation loss {losses_of(run)[best]:.4f}" in capsys.readouterr().out
     whole = {name: tensor.clone() for name, tensor in run.weights().items()}
     shutil.rmtree(run.folder / "export")
     train(toml, *STEPS, *UP_AND_DOWN, "--checkpoint.load_best_at_end", folder=run.folder)  # finished: exported again
@@ -120,7 +120,7 @@ def test_damaged_best_checkpoint_is_named_and_the_next_best_exported(train: Call
     train(toml, *words, folder=run.folder)
     said = capsys.readouterr().out
     assert f"step {best} is damaged" in said
-    assert f"step {best} had {losses[best]}, and is not saved" in said
+    assert f"step {best} had {losses[best]:.4f}, and is not saved" in said
     assert holds(run, saved_weights(run, second))
 
 

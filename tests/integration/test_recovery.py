@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -187,7 +188,7 @@ def test_step_that_does_not_end_is_told_with_who_is_missing(tmp_path: Path, toml
     ended = run_faulty({"what": what, "steps": [5], "rank": world_size - 1}, world_size, *words)
     assert time.monotonic() - begun < 60
     assert ended[0][0] == 124, ended[0][1]
-    assert "error: step 5 has not ended within 4 seconds" in ended[0][1]
+    assert re.search("error: step 5 has not ended within [0-9]+ seconds.*if it was only slow, raise comm.train_timeout_seconds", ended[0][1])
     summary = (tmp_path / "run/hang/summary.txt").read_text()
     assert ("nothing is heard of rank 1" in summary) == (what == "stop")
     assert "faulty_step" in (tmp_path / "run/hang/rank-0.txt").read_text()

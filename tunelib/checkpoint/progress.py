@@ -69,8 +69,10 @@ class Progress:
         return f"step {self.step}: {lowest}, and {self.num_worse} validations since had none lower: the run ends here (validation.patience)"
 
     def validated(self, loss: float) -> None:
-        """The weights as they are have been validated; a loss that is not finite is no lowest one."""
+        """The weights as they are have been validated; a loss that is not finite is no lowest one, nor is that of weights not trained yet."""
         self.validation_loss = loss
+        if self.step == 0:
+            return
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_step, self.best_loss, self.num_worse = self.step, loss, 0
         else:
@@ -145,7 +147,7 @@ class Progress:
             return ""
         if self.step == self.best_step:
             self.exported = (self.step, cast(float, self.best_loss))
-            return f"to be exported: the last weights, whose validation loss ({self.best_loss}) is the lowest"
+            return f"to be exported: the last weights, whose validation loss ({self.best_loss:.4f}) is the lowest"
         best = manager.find_best(self.best_step)
         if best is None or best[0] == self.step:
             return f"to be exported: the last weights, whose validation loss is the lowest of those that are saved{self._beyond(self.step)}"
@@ -153,12 +155,12 @@ class Progress:
         manager.load_weights(model_tensors(self._model), step)
         loss = cast(float, self.best_loss if step == self.best_step else loss)
         self.exported = (step, loss)
-        return f"to be exported: the weights of step {step}, with validation loss {loss}{self._beyond(step)}"
+        return f"to be exported: the weights of step {step}, with validation loss {loss:.4f}{self._beyond(step)}"
 
     def _beyond(self, step: int) -> str:
         """That another step had a lower loss than the best that is saved."""
         is_known = self.best_step is not None and self.best_step != step
-        return f"; step {self.best_step} had {self.best_loss}, and is not saved" if is_known else ""
+        return f"; step {self.best_step} had {self.best_loss:.4f}, and is not saved" if is_known else ""
 
     def check_finite(self) -> None:
         """That the trained weights are finite, before anybody is given them: a step need not have seen one that is not. Collective.

@@ -108,7 +108,7 @@ def _build_checked(source: Source) -> tuple[Any, str]:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{source.hub}: data sets on the Hub need the package datasets: pip install 'tunelib[data]'") from None
+        raise DataError(f"{source.hub}: data sets on the Hub need the package datasets: pip install datasets") from None
     import huggingface_hub.utils
 
     datasets.disable_progress_bars()

@@ -39,7 +39,7 @@ class _ZstdStream(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise DataError(f"{path}: .zst files need the package zstandard: pip install 'tunelib[data]'") from None
+            raise DataError(f"{path}: .zst files need the package zstandard: pip install zstandard") from None
         self._path = path
         self._error = zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)

@@ -147,7 +147,7 @@ def _read_parquet(stream: BinaryIO, path: Path) -> Iterator[tuple[int, Row]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path}: .parquet files need the package pyarrow: pip install 'tunelib[data]'") from None
+        raise DataError(f"{path}: .parquet files need the package pyarrow: pip install pyarrow") from None
     number = 0
     with contextlib.ExitStack() as stack:
         file: IO[bytes] = stream

@@ -50,7 +50,8 @@ def find_kind(path: Path) -> str:
     if path.is_file():
         if path.suffix in TORCH_SUFFIXES:
             return "torch"
-        hint = "GGUF is written, not read: convert what it was made from" if path.suffix == ".gguf" else "name the folder that it lies in"
+        hints = {".gguf": "GGUF is written, not read: convert what it was made from", ".safetensors": "name the folder that it lies in"}
+        hint = hints.get(path.suffix, "name a checkpoint's folder")
         raise FormatError(f"{path} is not a checkpoint of a form that is read from a single file ({', '.join(TORCH_SUFFIXES)}): {hint}")
     if not path.is_dir():
         raise FormatError(f"{path} does not exist; scripts/download.py fetches a model from the Hub")

@@ -179,7 +179,7 @@ def _import_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise FormatError("GGUF files need the package gguf: pip install 'tunelib[gguf]'") from None
+        raise FormatError("GGUF files need the package gguf: pip install gguf") from None
     return gguf
 
 

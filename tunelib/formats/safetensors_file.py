@@ -41,7 +41,7 @@ def read_safetensors(path: Path) -> dict[str, Region]:
     except FileNotFoundError:
         raise FormatError(f"{path} {'cannot be read' if os.path.exists(path) else 'does not exist'}") from None
     except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} cannot be read as safetensors: {error}") from None
+        raise FormatError(f"{path} cannot be read as safetensors: {error}; if it was cut short, copy or download it again") from None
     regions = {}
     for name in names:
         entry = header[name]

@@ -33,6 +33,10 @@ class Stops:
     texts: tuple[str, ...] = ()
     tokenizer: Tokenizer | None = None
 
+    def __post_init__(self) -> None:
+        if "" in self.texts:
+            raise ConfigError("an empty text to stop at would end every answer at its beginning: leave it out")
+
     @functools.cached_property
     def all_ids(self) -> frozenset[int]:
         """The tokens, with those that a text names: special ones are in no answer's text."""

@@ -161,7 +161,7 @@ def open_tasks(questions: Questions) -> dict[str, dict[str, Any]]:
         with quiet():
             from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigError(f"{says}: lm-eval is not installed ({error}); install the extra: pip install 'tunelib[eval]'") from None
+        raise ConfigError(f"{says}: lm-eval is not installed ({error}); pip install lm-eval") from None
     with quiet():
         manager = TaskManager(include_path=questions.folder or None, include_defaults=False)
         if set(questions.names) - set(manager.all_subtasks):  # a folder's own tasks need no list of lm-eval's, which takes seconds

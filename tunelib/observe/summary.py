@@ -210,7 +210,7 @@ def what_is_trained(config: Config, num_parameters: int, trained: dict[str, torc
     kind = ("rs" if config.lora.use_rslora else "") + ("DoRA" if config.lora.use_dora else "LoRA")
     adapters = f"{kind} adapters of {num_trained / 1e6:,.2f} M parameters on " if config.lora.enable else "all of "
     training, sources = config.training, [source.path or source.hub for source in config.dataset.mix] or [config.dataset.path or config.dataset.hub]
-    rows = f"{num_steps:,} steps of {training.global_batch_size} rows of {training.seq_len} tokens"
+    rows = f"{'at most ' if config.validation.patience else ''}{num_steps:,} steps of {training.global_batch_size} rows of {training.seq_len} tokens"
     return f"{adapters}a model of {num_parameters / 1e6:,.1f} M parameters ({weights}), {rows}, on {', '.join(sources)}"
 
 

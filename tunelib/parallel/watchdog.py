@@ -64,7 +64,7 @@ class Watchdog:
         begun = time.monotonic()
         with self.watch(f"step {number}", max(seconds, self._section.init_timeout_seconds) if is_first else seconds):
             yield
-        self._longest_step = max(self._longest_step, 0.0 if is_first else time.monotonic() - begun)
+        self._longest_step = max(self._longest_step, time.monotonic() - begun)
 
     @contextlib.contextmanager
     def watch(self, what: str, seconds: float | None = None) -> Iterator[None]:
@@ -101,7 +101,8 @@ class Watchdog:
         silent = [rank for rank in range(len(self._processes)) if rank not in said]
         if self._rank == min(said, default=self._rank):
             who = f"; nothing is heard of rank {', '.join(map(str, silent))}, which has stopped or works on something else" if silent else ""
-            message = f"error: {what}{who}. Where each rank stands is in {self._folder}"
+            way = "; if it was only slow, raise comm.train_timeout_seconds" if what.startswith("step") else ""
+            message = f"error: {what}{who}{way}. Where each rank stands is in {self._folder}"
             print(message, file=sys.stderr, flush=True)
             with contextlib.suppress(OSError):
                 (self._folder / "summary.txt").write_text(message + "\n")

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from config_cases import GOOD
@@ -31,13 +30,19 @@ def test_problems_come_in_one_go_in_under_a_second(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(GOOD.replace("steps = 10", 'step = 10\nlr = 1\nseq_len = "9"'))
     seconds = []
     for _ in range(3):
-        begun = time.monotonic()
+        begun = seconds_of_children()
         done = run(tmp_path, "run.toml", "--training.stpes", "5")
-        seconds.append(time.monotonic() - begun)
+        seconds.append(seconds_of_children() - begun)
         assert done.returncode == 2
         assert done.stdout == ""
         assert len(done.stderr.splitlines()) == 4, done.stderr
-    assert min(seconds) < 1  # the best of three, since other tests share the machine
+    assert min(seconds) < 1  # of a processor, the best of three, since other tests share the machine
+
+
+def seconds_of_children() -> float:
+    """Of a processor, taken by the processes that were started here and have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def test_good_config_is_shown_with_origins(tmp_path: Path) -> None:

@@ -311,4 +311,4 @@ def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(__import__("sys").modules, package, None)
     kind = ".zst" if name.endswith(".zst") else ".parquet"
     path = write(tmp_path / name, "")
-    assert error_of(path) == f"{path}: {kind} files need the package {package}: pip install 'tunelib[data]'"
+    assert error_of(path) == f"{path}: {kind} files need the package {package}: pip install {package}"

@@ -356,4 +356,4 @@ def test_missing_package_datasets_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     source: Any = Source(hub="owner/name")
     with pytest.raises(DataError) as caught:
         open_source(source, tmp_path)
-    assert str(caught.value) == "owner/name: data sets on the Hub need the package datasets: pip install 'tunelib[data]'"
+    assert str(caught.value) == "owner/name: data sets on the Hub need the package datasets: pip install datasets"
