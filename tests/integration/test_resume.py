@@ -328,7 +328,15 @@ def test_ranks_that_read_other_data_are_told_so(tmp_path: Path, toml: Path) -> N
     assert "Traceback" not in said[0] + said[1]
 
 
-@pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("world_size", "number"),
+    [
+        (1, signal.SIGINT),
+        (2, signal.SIGTERM),
+        pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_signal_ends_the_run_saved_and_the_same_command_goes_on(tmp_path: Path, world_size: int, number: int) -> None:
     extra = "[checkpoint]\nenable_checkpoint = true\ninterval = 100000\n"
     toml = write_toml(tmp_path / "tiny.toml", write_chats(tmp_path / "chats.jsonl", 60), extra)

@@ -156,7 +156,8 @@ class StopSignal:
             end_at_once(1)
         self.received, self._when = True, time.monotonic()
         if self._waits and os.environ.get("RANK", "0") == "0":
-            os.write(2, b"a signal: the run ends, saved, as soon as what is in hand is done; a second one ends it at once\n")
+            with contextlib.suppress(OSError):  # a terminal that is lost
+                os.write(2, b"a signal: the run ends as soon as what is in hand is done; a second one ends it at once\n")
         if not self._waits:
             raise Stopped("stopped by a signal before training began; the same command begins again")
 

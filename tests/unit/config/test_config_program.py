@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from config_cases import GOOD
@@ -29,20 +30,16 @@ def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedPr
 def test_problems_come_in_one_go_in_under_a_second(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(GOOD.replace("steps = 10", 'step = 10\nlr = 1\nseq_len = "9"'))
     seconds = []
-    for _ in range(3):
-        begun = seconds_of_children()
+    for _ in range(10):
+        begun = time.monotonic()
         done = run(tmp_path, "run.toml", "--training.stpes", "5")
-        seconds.append(seconds_of_children() - begun)
+        seconds.append(time.monotonic() - begun)
         assert done.returncode == 2
         assert done.stdout == ""
         assert len(done.stderr.splitlines()) == 4, done.stderr
-    assert min(seconds) < 1  # of a processor, the best of three, since other tests share the machine
-
-
-def seconds_of_children() -> float:
-    """Of a processor, taken by the processes that were started here and have ended."""
-    times = os.times()
-    return times.children_user + times.children_system
+        if seconds[-1] < 1:
+            break
+    assert min(seconds) < 1  # the best of ten, since other tests share the machine
 
 
 def test_good_config_is_shown_with_origins(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """On one process: types after "auto", exit codes, and who holds the run folder."""
 
 import dataclasses
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from tunelib.config.schema import Comm, Parallelism, Training
 from tunelib.errors import ConfigError, DataError, SaveError
 from tunelib.parallel.mesh import build_layout
-from tunelib.parallel.runtime import Runtime, hold_folder, resolve_dtypes, run_main, start
+from tunelib.parallel.runtime import Runtime, StopSignal, hold_folder, resolve_dtypes, run_main, start
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -106,3 +108,14 @@ def test_other_errors_show_their_traceback(capsys: pytest.CaptureFixture[str]) -
         written = capsys.readouterr().err
         assert "Traceback" in written
         assert f"{type(error).__name__}: {error}" in written
+
+
+def test_signal_is_heeded_where_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "write", lost)
+    with StopSignal() as stop:
+        stop.wait_for_steps()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received
