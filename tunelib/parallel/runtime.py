@@ -237,9 +237,9 @@ def _leave_exit_code(code: int) -> int:
 def keep_memory() -> None:
     """Have the allocator keep what a step frees for the next one: handing it back and forth costs some per cent of a step (glibc only)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3
+        trim_threshold, mmap_max = -1, -4
         libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, 32 * 2**20)  # the most that it takes; larger pieces go back at once
+        libc.mallopt(mmap_max, 0)  # pieces of their own, as of the logits and of the head's gradient, would go back at once
 
 
 def die_with_parent() -> None:
