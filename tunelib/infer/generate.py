@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tunelib.data.chat import ChatTemplate
 from tunelib.data.tokenizer import Tokenizer
@@ -174,5 +175,16 @@ def encode_prompts(prompts: Collection[str], tokenizer: Tokenizer, template: Cha
 def answer_prompts(
     model: Decoder, prompts: list[list[int]], tokenizer: Tokenizer, stop_ids: Collection[int], max_new_tokens: int, device: torch.device
 ) -> list[str]:
-    """Greedy answers, as text, to what `encode_prompts` made. Collective."""
-    return [tokenizer.decode(generate_greedy(model, prompt, max_new_tokens, stop_ids, device)) for prompt in prompts]
+    """Greedy answers, as text, to what `encode_prompts` made; with a cache where the model is whole. Collective."""
+    longest = max(map(len, prompts), default=0)
+    if prompts and _is_whole(model) and longest + max_new_tokens <= model.config.max_position_embeddings:
+        with forward_only(model):
+            answers = generate(model, prompts, max_new_tokens, Stops(stop_ids))
+    else:
+        answers = [generate_greedy(model, prompt, max_new_tokens, stop_ids, device) for prompt in prompts]
+    return [tokenizer.decode([token for token in answer if token not in stop_ids]) for answer in answers]
+
+
+def _is_whole(model: Decoder) -> bool:
+    """Whether all of it is in this process, no part sharded or split."""
+    return model.pipeline is None and not any(isinstance(parameter, DTensor) for parameter in model.parameters())

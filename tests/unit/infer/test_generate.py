@@ -47,6 +47,18 @@ def test_prompts_are_answered_in_order(chat: bool) -> None:
     assert together == [answer_prompts(model, [prompt], tokenizer, tokenizer.stop_ids, 4, CPU)[0] for prompt in prompts]
 
 
+@pytest.mark.parametrize("context", [24, 12])
+def test_samples_are_read_once_where_the_context_has_room(context: int) -> None:
+    """Else the whole text is read for each token, as on layouts that cut the model; the answers are the same."""
+    tokenizer, model = Tokenizer(DEBUG_TOKENIZER), tiny_model(vocab_size=640, max_position_embeddings=context)
+    widths: list[int] = []
+    model.model.layers["0"].register_forward_pre_hook(lambda _layer, inputs: widths.append(inputs[0].shape[1]))
+    answers = answer_prompts(model, PROMPTS, tokenizer, {600}, 6, CPU)
+    assert widths == [8, 1, 1, 1, 1, 1] if context == 24 else max(widths) == 13
+    assert answers == [tokenizer.decode(generate_greedy(model, prompt, 6, {600}, CPU)) for prompt in PROMPTS]
+    assert answer_prompts(model, [], tokenizer, {600}, 6, CPU) == []
+
+
 def test_prompt_that_is_no_token_is_refused() -> None:
     with pytest.raises(DataError, match="'' is no token at all"):
         encode_prompts([""], Tokenizer(DEBUG_TOKENIZER), None)
