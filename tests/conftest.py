@@ -1,6 +1,8 @@
 """What several tests share: small real objects, made here."""
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import random
@@ -8,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -98,15 +99,28 @@ class Run:
 
 
 def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240, warnings: str = "error") -> None:
-    """Run train.py's main for each case's words, one after the other, in ``world_size`` processes started once.
+    """Run train.py for each case's words, one after the other, each in ``world_size`` processes that are forked from one that has imported it.
 
     A process that fails or hangs fails the test: all are killed, and the first error output is shown.
 
     Args:
         warnings: what becomes of them; torch.compile makes some of its own.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        run_ranks(["-W", warnings, str(ROOT / "tests/integration/worker.py"), folder, json.dumps(cases)], world_size, timeout)
+    for words in cases:
+        ended = forks_that(warnings).run(words, world_size, timeout=timeout, patience=10, environment=dict(os.environ), cwd=os.getcwd())
+        failed = [each for each in ended if each.code not in (0, -signal.SIGKILL)]
+        for each in ended:
+            assert each.code in (0, -signal.SIGKILL if failed else 0), each.said[-6000:]
+
+
+@functools.cache
+def forks_that(warnings: str) -> Any:
+    """A process to fork from, which ends with this one."""
+    from forks import Forks
+
+    forks = Forks(warnings=warnings)
+    atexit.register(forks.close)
+    return forks
 
 
 def run_ranks(words: list[str], world_size: int, timeout: int = 120) -> list[str]:
@@ -227,10 +241,10 @@ def disk_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory, disk_library: Path) -> Iterator[Any]:
-    """Runs of train.py in forked processes; see crash/forks.py."""
-    from crash.forks import Forks
+def forks(disk_library: Path) -> Iterator[Any]:
+    """Runs of train.py in forked processes; see forks.py."""
+    from forks import Forks
 
-    forks = Forks(tmp_path_factory.mktemp("forks"), disk_library)
+    forks = Forks(disk_library)
     yield forks
     forks.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Run, write_chats, write_toml
-from crash.forks import Forks
+from forks import Forks
 
 pytestmark = pytest.mark.crash
 SAVING = "[checkpoint]\nenable_checkpoint = true\ninterval = 2\nkeep_latest_k = 0\n"

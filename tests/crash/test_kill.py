@@ -20,8 +20,8 @@ import pytest
 import torch
 from conftest import TABLE, Run, write_chats, write_toml
 from crash.disk import Change, Disk, read_changes, read_tree, write_tree
-from crash.forks import Forks
 from crash.same import load_state
+from forks import Forks
 
 from tunelib.checkpoint.manager import CheckpointManager
 from tunelib.config.schema import Checkpoint
@@ -83,7 +83,7 @@ def references(tmp_path_factory: pytest.TempPathFactory, toml: Path, lanes: list
 @pytest.fixture(scope="module")
 def lanes(tmp_path_factory: pytest.TempPathFactory, disk_library: Path) -> Iterator[list[Forks]]:
     """So many runs at a time."""
-    lanes = [Forks(tmp_path_factory.mktemp("lane"), disk_library) for _ in range(LANES)]
+    lanes = [Forks(disk_library) for _ in range(LANES)]
     yield lanes
     for lane in lanes:
         lane.close()

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -32,14 +33,14 @@ class Forks:
     """Forks runs of train.py in a process of its own.
 
     Args:
-        folder: for what the runs print.
-        library: preloaded; see disk.py.
+        library: preloaded; see crash/disk.py.
+        warnings: what becomes of them.
     """
 
-    def __init__(self, folder: Path, library: Path | None = None):
-        self._folder = folder
+    def __init__(self, library: Path | None = None, warnings: str = "error"):
+        self._outputs = tempfile.TemporaryDirectory(prefix="forks-")
         more = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | ({"LD_PRELOAD": str(library)} if library else {})
-        program = [sys.executable, "-W", "error", str(Path(__file__))]
+        program = [sys.executable, "-W", warnings, str(Path(__file__))]
         self._process = subprocess.Popen(program, env=os.environ | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(
@@ -51,6 +52,7 @@ class Forks:
         patience: float = 20.0,
         kill_after: float | None = None,
         environment: dict[str, str] | None = None,
+        cwd: str = "",
         **values: Any,
     ) -> None:
         """Run train.py in so many processes of one group; `result` waits for it.
@@ -60,11 +62,13 @@ class Forks:
             patience: seconds that the others have, once one has failed; then they are killed.
             kill_after: seconds after which all are killed.
             environment: more variables.
+            cwd: where the processes are, if not where this one was made.
         """
         from conftest import free_port
 
         case = {"words": [str(word) for word in words], "world_size": world_size, "fault": fault, "values": values, "timeout": timeout}
-        case |= {"patience": patience, "kill_after": kill_after, "port": free_port(), "output": str(self._folder), "environment": environment or {}}
+        case |= {"patience": patience, "kill_after": kill_after, "port": free_port(), "output": self._outputs.name}
+        case |= {"environment": environment or {}, "cwd": cwd}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(case) + "\n")
         self._process.stdin.flush()
@@ -86,13 +90,13 @@ class Forks:
         """End the process."""
         self._process.kill()
         self._process.communicate()
+        self._outputs.cleanup()
 
 
 def serve() -> None:
     """Fork a run for each line of stdin."""
-    sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+    sys.path[:0] = [str(HERE.parent), str(HERE)]
     import torch
-    from crash import faults
 
     import train  # noqa: F401  (the children have it)
 
@@ -101,12 +105,12 @@ def serve() -> None:
     for number, line in enumerate(sys.stdin):
         case = json.loads(line)
         outputs = [f"{case['output']}/{os.getpid()}-{number}-{rank}.txt" for rank in range(case["world_size"])]
-        processes = [fork(case, rank, outputs[rank], faults) for rank in range(case["world_size"])]
+        processes = [fork(case, rank, outputs[rank]) for rank in range(case["world_size"])]
         codes, late = wait(processes, case["timeout"], case["patience"], case["kill_after"])
         print(json.dumps({"ended": list(zip(codes, outputs, strict=True)), "late": late}), flush=True)
 
 
-def fork(case: dict[str, Any], rank: int, output: str, faults: Any) -> int:
+def fork(case: dict[str, Any], rank: int, output: str) -> int:
     """A child that runs train.py; its process id."""
     process = os.fork()
     if process:
@@ -117,10 +121,13 @@ def fork(case: dict[str, Any], rank: int, output: str, faults: Any) -> int:
         os.setpgid(0, 0)
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world_size"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": case["port"]}
         os.environ |= {name: str(value) for name, value in group.items()} | case["environment"]
+        os.chdir(case["cwd"] or ".")
         import train
         from tunelib.parallel.runtime import leave, run_main
 
         if case["fault"]:
+            from crash import faults
+
             getattr(faults, case["fault"])(rank, **case["values"])
         leave(run_main(train.main, case["words"]))
     except BaseException:
