@@ -9,8 +9,6 @@ import gzip
 import hashlib
 import json
 import math
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +19,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TOKENIZER, Run, run_processes, write_chats, write_toml
+from conftest import ROOT, TOKENIZER, Run, forks_that, run_processes, write_chats, write_toml
 from hub_server import hub_environment, serve_hub
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
@@ -439,10 +437,9 @@ def _(lab: Lab) -> None:
             toml.write_text(lab.toml.read_text().replace(f'path = "{lab.data}"', source))
             held_out = ["--validation.enable", "--validation.split", "test"] if name == "plain" else []
             words = ["--training.steps", "1", "--training.global_batch_size", "1", "--job.dump_folder", str(lab.folder / "hub-run"), *held_out]
-            command = [sys.executable, str(ROOT / "train.py"), str(toml), *words]
-            done = subprocess.run(command, env=hub_environment(endpoint, home), capture_output=True, text=True, timeout=120, check=False)
-            said[name] = done.stdout + done.stderr
-            assert done.returncode == (2 if name == "no subset" else 0), said[name]
+            (ended,) = forks_that("default").run([str(toml), *words], timeout=120, environment=hub_environment(endpoint, home))
+            said[name] = ended.said
+            assert ended.code == (2 if name == "no subset" else 0), said[name]
     assert "600 documents" in said["plain"]
     assert "validation loss" in said["plain"]
     assert "300 documents" in said["split"]
@@ -557,7 +554,7 @@ def _(lab: Lab) -> None:
 @shows("optimizer.name", "optimizer.momentum")
 def _(lab: Lab) -> None:
     lab.changes("loss", "--optimizer.name", "SGD")
-    wide = ("--model.hidden_size", "64")
+    wide = ("--model.hidden_size", "64", "--model.num_key_value_heads", "4")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.compile has some of its own
         lab.changes("loss", "--optimizer.name", "AdamW8bit", given=wide)
@@ -978,7 +975,7 @@ def _(lab: Lab) -> None:
 
 @shows("lora.quantize_base")
 def _(lab: Lab) -> None:
-    wide = ("--model.hidden_size", "64")
+    wide = ("--model.hidden_size", "64", "--model.num_key_value_heads", "4")
     lab.changes("loss", "--lora.quantize_base", "nf4", given=(*LORA, *wide))
 
 
