@@ -83,6 +83,8 @@ class _HeadLoss(torch.autograd.Function):
         hidden_needs, head_needs = (with_gradients and needs for needs in ctx.needs_input_grad[:2])
         of_hidden = torch.empty_like(hidden) if hidden_needs else None
         of_head = None
+        if head_needs:  # before there are logits: what is above them on the heap when they go would leave a hole, of another size in each step
+            of_head = torch.empty(head.shape, dtype=precise if len(labels) > POSITIONS_AT_ONCE else head.dtype, device=head.device)
         for begin in range(0, len(labels), POSITIONS_AT_ONCE):
             at_once = slice(begin, begin + POSITIONS_AT_ONCE)
             summed, of_logits = _loss_of_logits((hidden[at_once] @ head.T).to(precise), labels[at_once, None], share, softcap)
@@ -90,11 +92,11 @@ class _HeadLoss(torch.autograd.Function):
             of_logits = of_logits.to(hidden.dtype)
             if of_hidden is not None:
                 torch.mm(of_logits, head, out=of_hidden[at_once])
-            if head_needs:
-                of_head = _add_product(of_head, of_logits.T, hidden[at_once], precise if len(labels) > POSITIONS_AT_ONCE else head.dtype)
+            if of_head is not None:
+                _add_product(of_head, of_logits.T, hidden[at_once], is_first=begin == 0)
             del of_logits  # before there are others
-        if head_needs:
-            of_head = torch.zeros_like(head) if of_head is None else of_head.to(head.dtype)
+        if of_head is not None:
+            of_head = of_head.to(head.dtype) if len(labels) else of_head.zero_()
         ctx.save_for_backward(of_hidden, of_head)
         ctx.scale = None
         return loss
@@ -135,8 +137,11 @@ def _loss_of_logits(logits: Tensor, labels: Tensor, share: VocabularyShare | Non
     return (total - chosen).sum(), of_logits if slopes is None else of_logits.mul_(slopes)
 
 
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + left right, in place, where sums of many products keep a type that does not lose small ones."""
-    if total is None:
-        return (left @ right).to(dtype)
-    return total.addmm_(left, right) if left.dtype == dtype else total.add_(left @ right)
+def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    """total += left right, or = the first of them; sums of many products keep a type that does not lose small ones."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, beta=0 if is_first else 1)  # with 0 nothing of what was there is read
+    elif is_first:
+        total.copy_(left @ right)
+    else:
+        total.add_(left @ right)
