@@ -139,9 +139,10 @@ def _loss_of_logits(logits: Tensor, labels: Tensor, share: VocabularyShare | Non
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
     """total += left right, or = the first of them; sums of many products keep a type that does not lose small ones."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right, beta=0 if is_first else 1)  # with 0 nothing of what was there is read
+    if left.dtype != total.dtype:
+        product = left @ right
+        total.copy_(product) if is_first else total.add_(product)
     elif is_first:
-        total.copy_(left @ right)
+        torch.mm(left, right, out=total)
     else:
-        total.add_(left @ right)
+        total.addmm_(left, right)
