@@ -107,7 +107,7 @@ def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240, w
         warnings: what becomes of them; torch.compile makes some of its own.
     """
     for words in cases:
-        ended = forks_that(warnings).run(words, world_size, timeout=timeout, patience=10, environment=dict(os.environ), cwd=os.getcwd())
+        ended = forks_that(warnings).run(words, world_size, timeout=timeout, patience=10)
         failed = [each for each in ended if each.code not in (0, -signal.SIGKILL)]
         for each in ended:
             assert each.code in (0, -signal.SIGKILL if failed else 0), each.said[-6000:]

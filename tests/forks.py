@@ -41,6 +41,7 @@ class Forks:
         self._outputs = tempfile.TemporaryDirectory(prefix="forks-")
         more = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | ({"LD_PRELOAD": str(library)} if library else {})
         program = [sys.executable, "-W", warnings, str(Path(__file__))]
+        self._more = more
         self._process = subprocess.Popen(program, env=os.environ | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(
@@ -52,23 +53,21 @@ class Forks:
         patience: float = 20.0,
         kill_after: float | None = None,
         environment: dict[str, str] | None = None,
-        cwd: str = "",
         **values: Any,
     ) -> None:
-        """Run train.py in so many processes of one group; `result` waits for it.
+        """Run train.py in so many processes of one group, in this process's folder and with its environment; `result` waits for it.
 
         Args:
             fault: name of a function of faults.py, called in each process before train.py with its rank and ``values``.
             patience: seconds that the others have, once one has failed; then they are killed.
             kill_after: seconds after which all are killed.
-            environment: more variables.
-            cwd: where the processes are, if not where this one was made.
+            environment: in place of this process's own.
         """
         from conftest import free_port
 
         case = {"words": [str(word) for word in words], "world_size": world_size, "fault": fault, "values": values, "timeout": timeout}
         case |= {"patience": patience, "kill_after": kill_after, "port": free_port(), "output": self._outputs.name}
-        case |= {"environment": environment or {}, "cwd": cwd}
+        case |= {"environment": (dict(os.environ) if environment is None else environment) | self._more, "cwd": os.getcwd()}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(case) + "\n")
         self._process.stdin.flush()
@@ -120,8 +119,9 @@ def fork(case: dict[str, Any], rank: int, output: str) -> int:
         os.dup2(file, 1), os.dup2(file, 2)
         os.setpgid(0, 0)
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world_size"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": case["port"]}
-        os.environ |= {name: str(value) for name, value in group.items()} | case["environment"]
-        os.chdir(case["cwd"] or ".")
+        os.environ.clear()
+        os.environ |= case["environment"] | {name: str(value) for name, value in group.items()}
+        os.chdir(case["cwd"])
         import train
         from tunelib.parallel.runtime import leave, run_main
 

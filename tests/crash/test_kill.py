@@ -81,7 +81,7 @@ def references(tmp_path_factory: pytest.TempPathFactory, toml: Path, lanes: list
 
 
 @pytest.fixture(scope="module")
-def lanes(tmp_path_factory: pytest.TempPathFactory, disk_library: Path) -> Iterator[list[Forks]]:
+def lanes(disk_library: Path) -> Iterator[list[Forks]]:
     """So many runs at a time."""
     lanes = [Forks(disk_library) for _ in range(LANES)]
     yield lanes

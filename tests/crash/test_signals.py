@@ -156,7 +156,7 @@ def test_signal_while_a_save_is_in_the_background(runs: Runs, tmp_path: Path, ca
 def test_no_process_that_tokenises_outlives_a_signal(runs: Runs, tmp_path: Path, call: str, count: int) -> None:
     run, words = Run(tmp_path / "run"), ["--dataset.cache_folder", str(tmp_path / "cache")]
     mark = {"TUNELIB_TEST_MARK": str(tmp_path)}
-    ended = runs.go(run.folder, *words, fault="signal_at", call=call, count=count, workers=2, environment=mark)
+    ended = runs.go(run.folder, *words, fault="signal_at", call=call, count=count, workers=2, environment=os.environ | mark)
     check_stopped(ended, None if "data" in call else 3)
     assert find_marked(mark) == []
     runs.check_goes_on(run, *words)
@@ -224,7 +224,7 @@ def test_signal_while_layers_are_compiled(forks: Any, tmp_path: Path) -> None:
     run, mark = Run(tmp_path / "run"), {"TUNELIB_TEST_MARK": str(tmp_path)}
 
     def compile_and_train(folder: Path, comes: bool) -> list[Any]:
-        return runs.go(folder, "--compile.enable", fault="signal_in_compilation", comes=comes, timeout=400, environment=mark)
+        return runs.go(folder, "--compile.enable", fault="signal_in_compilation", comes=comes, timeout=400, environment=os.environ | mark)
 
     check_stopped(compile_and_train(run.folder, comes=True), 1)
     assert find_marked(mark) == []

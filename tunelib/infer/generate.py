@@ -176,13 +176,14 @@ def answer_prompts(
     model: Decoder, prompts: list[list[int]], tokenizer: Tokenizer, stop_ids: Collection[int], max_new_tokens: int, device: torch.device
 ) -> list[str]:
     """Greedy answers, as text, to what `encode_prompts` made; with a cache where the model is whole. Collective."""
+    stops = Stops(stop_ids, tokenizer=tokenizer)
     longest = max(map(len, prompts), default=0)
     if prompts and _is_whole(model) and longest + max_new_tokens <= model.config.max_position_embeddings:
         with forward_only(model):
-            answers = generate(model, prompts, max_new_tokens, Stops(stop_ids))
+            answers = generate(model, prompts, max_new_tokens, stops)
     else:
         answers = [generate_greedy(model, prompt, max_new_tokens, stop_ids, device) for prompt in prompts]
-    return [tokenizer.decode([token for token in answer if token not in stop_ids]) for answer in answers]
+    return [stops.text_of(answer) for answer in answers]
 
 
 def _is_whole(model: Decoder) -> bool:
