@@ -8,6 +8,7 @@ import contextlib
 import io
 import math
 import pickle
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from tunelib.errors import CheckpointError, Stopped
 from tunelib.files import lies_inside
 from tunelib.parallel.reduce import agree
 
+_REMARKS = threading.Lock()
 _DCP = "torch.distributed.checkpoint.metadata"
 ALLOWED = {
     ("pathlib", "PosixPath"),
@@ -149,10 +151,16 @@ def load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
 
 @contextlib.contextmanager
 def on_this_process_alone() -> Iterator[bool]:
-    """Whether there is no process group, which torch otherwise remarks on at every load and save."""
-    with warnings.catch_warnings():
+    """Whether there is no process group, which torch otherwise remarks on at every load and save.
+
+    What is ignored is the process's, not the thread's: of two loads at a time, the first to end would have the other's remark heard.
+    """
+    if dist.is_initialized():
+        yield False
+        return
+    with _REMARKS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        yield not dist.is_initialized()
+        yield True
 
 
 def find_stop(problem: BaseException) -> Stopped | None:

@@ -2,7 +2,10 @@
 
 import os
 import pickle
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tunelib.checkpoint.dcp_reader import SafeReader, load_tensors
+from tunelib.checkpoint.dcp_reader import SafeReader, load_tensors, on_this_process_alone
 from tunelib.checkpoint.dcp_writer import save_tensors
 from tunelib.errors import CheckpointError
 
@@ -50,6 +53,24 @@ def test_some_of_the_tensors_may_be_asked_for(tmp_path: Path) -> None:
     loaded = {"a": torch.zeros(2, 3)}
     load_tensors(loaded, tmp_path / "step-1")
     assert torch.equal(loaded["a"], STATE["a"])
+
+
+def test_loads_in_two_threads_silence_each_others_remarks_to_the_end() -> None:
+    begun, one_has_ended = threading.Event(), threading.Event()
+
+    def remark() -> None:
+        begun.set()
+        with on_this_process_alone():
+            one_has_ended.wait(timeout=30)
+            warnings.warn("torch.distributed is disabled, unavailable or uninitialized, as torch says", stacklevel=1)
+
+    with ThreadPoolExecutor(1) as pool:
+        with on_this_process_alone():
+            second = pool.submit(remark)
+            begun.wait(timeout=30)
+            time.sleep(0.1)  # it could be inside by now
+        one_has_ended.set()
+        second.result(timeout=30)
 
 
 @pytest.mark.parametrize("where", ["root", "planner data", "storage data"])
