@@ -23,16 +23,20 @@ def step_flops(config: ModelConfig, document_lengths: Sequence[int], num_trained
 
     Args:
         document_lengths: in tokens.
-        num_trained: tokens whose loss is taken; the head is needed there alone.
+        num_trained: tokens whose loss is taken; the head, and what the last layer does after attention, are needed there alone.
         lora_rank: of adapters on all linear layers, whose base has no weight gradients; 0 for full training.
     """
     num_tokens, matrices = sum(document_lengths), layer_matrices(config)
+    num_before = 1 if config.fused_projections else 3  # of attention: q, k and v
+    counts = [num_tokens] * (len(matrices) * (config.num_hidden_layers - 1) + num_before) + [num_trained] * (len(matrices) - num_before)
     passes = 2 if lora_rank else 3  # forward, gradients of inputs, and of weights
-    linear = sum(2 * num_tokens * inputs * outputs for inputs, outputs in matrices) * passes
-    adapters = sum(2 * num_tokens * lora_rank * (inputs + outputs) for inputs, outputs in matrices) * 3
+    linear = adapters = 0
+    for count, (inputs, outputs) in zip(counts, matrices * config.num_hidden_layers, strict=True):
+        linear += 2 * count * inputs * outputs * passes
+        adapters += 2 * count * lora_rank * (inputs + outputs) * 3
     # Queries with keys and probabilities with values, of which causality leaves half, and a window less; in the backward pass each has two gradients.
     windows = config.windows or (0,) * config.num_hidden_layers
     seen = sum(length**2 - max(0, length - (window or length)) ** 2 for window in windows for length in document_lengths)
     attention = 2 * seen * config.num_attention_heads * config.head_dim * 3
     head = 2 * num_trained * config.hidden_size * config.vocab_size * passes
-    return (linear + adapters) * config.num_hidden_layers + attention + head
+    return linear + adapters + attention + head

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunelib.batch import IGNORED
 from tunelib.model.attention import Attention, Documents, Segments, attend, plan_documents
 from tunelib.model.cache import KeyValues
 from tunelib.model.config import ModelConfig
@@ -23,9 +24,10 @@ from tunelib.model.rope import rope_tables
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh")}
 
-
 FASTER_TURNED = 32
 """So many rows at most: on a CPU the head's matrix times few columns takes a third to four fifths of the time of few rows times the matrix."""
+FEW = 0.8
+"""So large a share of positions at most, beside which taking them out of all, and running them without a compiled graph, costs little."""
 
 
 class FeedForward(nn.Module):
@@ -71,15 +73,19 @@ class DecoderLayer(nn.Module):
         if name:
             self.add_module(name, build_norm(config, config.hidden_size))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
-        return self.finish(x, attend(*self.begin(x, rope), documents, self.form))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Documents, asked: Tensor | None = None) -> Tensor:
+        """(B, S, hidden) → the same; or, of the positions in ``asked`` (T), counted over all rows, (T, hidden)."""
+        attended = attend(*self.begin(x, rope), documents, self.form)
+        if asked is not None:
+            x, attended = x.flatten(0, 1).index_select(0, asked), attended.flatten(0, 1).index_select(0, asked)
+        return self.finish(x, attended)
 
     def begin(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, hidden) → q (B, S, H, D), k and v (B, S, K, D)."""
         return self.self_attn(self._normed(self.norms.before_attention, x), rope)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """(B, S, hidden) and (B, S, H, D) → (B, S, hidden)."""
+        """(…, hidden) and (…, H, D) → (…, hidden)."""
         x = x + self._normed(self.norms.after_attention, self.self_attn.o_proj(attended.flatten(-2)))
         return x + self._normed(self.norms.after_mlp, self.mlp(self._normed(self.norms.before_mlp, x)))
 
@@ -97,15 +103,18 @@ class DecoderBody(nn.Module):
         self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number) for number in range(config.num_hidden_layers)})
         self.norm = build_norm(config, config.hidden_size)
 
-    def forward(self, inputs: Tensor, positions: Tensor, document_lengths: tuple[int, ...] | Segments | KeyValues) -> Tensor:
+    def forward(
+        self, inputs: Tensor, positions: Tensor, document_lengths: tuple[int, ...] | Segments | KeyValues, asked: Tensor | None = None
+    ) -> Tensor:
         x = self.embed_tokens(inputs)
         if isinstance(self.embed_tokens, nn.Embedding):
             x = scaled(self.config, x)
         rope = rope_tables(self.config, positions, x.dtype)
         documents = plan_documents(document_lengths, x, self.config.head_dim, self.config.windows, self.config.attention_softcap)
-        for layer in self.layers.values():
+        *others, last = self.layers.values()
+        for layer in others:
             x = layer(x, rope, documents)
-        return self.norm(x)
+        return self.norm(last(x, rope, documents, asked))
 
 
 def scaled(config: ModelConfig, embedded: Tensor) -> Tensor:
@@ -195,9 +204,12 @@ class Decoder(nn.Module):
             assert self.share is not None
             assert labels is not None
             tokens, positions, labels, documents = self.share(tokens, positions, labels, document_lengths)
-        hidden = self.model(tokens if self.is_first else inputs, positions, documents)
+        asked = self._find_asked(labels)
+        hidden = self.model(tokens if self.is_first else inputs, positions, documents, asked)
         if not self.is_last:
             return hidden
+        if labels is not None and asked is not None:
+            labels = labels.flatten()[asked]
         if labels is not None and score:
             if self.head_share is not None:
                 return self.head_share.scores(hidden, labels, self.lm_head)
@@ -209,6 +221,16 @@ class Decoder(nn.Module):
         if self.head_share is None:
             return self.logits_of(hidden)
         return capped(self.head_share.logits(hidden, self.lm_head)[:, :width], self.config.final_softcap)
+
+    def _find_asked(self, labels: Tensor | None) -> Tensor | None:
+        """(T): the labelled positions, counted over all rows; where they are few, what follows the last attention is not computed for others.
+
+        None for all positions, as where processes share the work on each.
+        """
+        if labels is None or not self.is_last or self.head_share is not None:
+            return None
+        asked = (labels.flatten() != IGNORED).nonzero().squeeze(1)
+        return asked if len(asked) <= FEW * labels.numel() else None
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """(…, hidden) after the last norm → (…, V), where the head is whole."""

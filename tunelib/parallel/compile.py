@@ -94,7 +94,8 @@ def _find_missing(device: torch.device) -> str:
 def apply_compile(model: Decoder) -> None:
     """Compile each layer at its first call in a training step. What cannot be compiled then is an error, never a layer that runs without.
 
-    Without gradients, for validation and for samples with their growing rows, layers run as they are.
+    Without gradients, for validation and for samples with their growing rows, layers run as they are; so does what the last layer does to positions
+    that are taken out of rows, of which each micro-batch has another number.
 
     Graphs are given plain tensors: a graph that takes or gives a DTensor, or a tensor that a collective has yet to bring, passed no
     gradient on, or a wrong one, and said nothing (torch 2.13).
@@ -112,6 +113,6 @@ def apply_compile(model: Decoder) -> None:
 
 
 def _run(plain: Callable[..., Any], compiled: Callable[..., Any], *inputs: Any) -> Any:
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or inputs[0].dim() == 2:
         return plain(*inputs)
     return compiled(*(one.clone() if isinstance(one, AsyncCollectiveTensor) else one for one in inputs))

@@ -5,6 +5,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from unit.samples import TINY_FIELDS, tiny_config, tiny_model
 
+from tunelib.adapters import add_adapters
+from tunelib.batch import IGNORED
+from tunelib.config.schema import Lora
+from tunelib.model import decoder
 from tunelib.model.decoder import FASTER_TURNED, build_on_meta, draw_weight
 
 SHAPE = torch.Size((48, 32))
@@ -32,6 +36,38 @@ def test_tied_head_is_the_embedding_after_storage_is_given() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     untied = tiny_model()
     assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("labelled", [[], [2], [3, 4, 11, 17]], ids=str)
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1}], ids=str)
+def test_last_layer_ends_at_labelled_positions_alone_with_the_numbers_of_all(
+    changes: dict, labelled: list[int], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(**changes)
+    if rank:
+        add_adapters(model, Lora(enable=True, rank=rank))
+        model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    tokens = torch.randint(model.config.vocab_size, (2, 10), generator=generator)
+    positions, lengths = torch.cat([torch.arange(6), torch.arange(4), torch.arange(10)]).view(2, 10), (6, 4, 10)
+    labels = torch.full((20,), IGNORED)
+    labels[labelled] = torch.randint(model.config.vocab_size, (len(labelled),), generator=generator)
+    seen: list[torch.Size] = []
+    *_, last = model.model.layers.values()
+    last.mlp.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[:-1]))
+    found = []
+    for few in (0.8, -1):
+        monkeypatch.setattr(decoder, "FEW", few)
+        loss = model(tokens, positions, lengths, labels=labels.view(2, 10))
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        found.append((loss, gradients, model(tokens, positions, lengths, labels=labels.view(2, 10), score=True)))
+        model.zero_grad()
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    assert seen == [(len(labelled),)] * 2 + [(2, 10)] * 2
 
 
 def test_drawn_weight_is_a_pure_function_of_seed_and_name() -> None:
