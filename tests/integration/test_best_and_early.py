@@ -28,7 +28,7 @@ fraction = 0.2
 freq = 2
 """
 STEPS = ["--training.steps", "16"]
-UP_AND_DOWN = ["--optimizer.lr", "0.3"]  # so large that losses rise again
+UP_AND_DOWN = ["--optimizer.lr", "0.2"]  # so large that losses rise again
 OVERFITTED = ["--lora.enable", "--lora.rank", "4", "--optimizer.lr", "0.03"]
 """The loss is lowest after 8 steps, and rises after them, on every layout."""
 

@@ -372,8 +372,8 @@ class _Ledger(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # to see what it does inside
         if operator is torch.ops.aten.index.Tensor:
-            args = (args[0], _all_places(args[1]))
-        result = operator(*args, **(kwargs or {}))
+            args = (args[0], _take_all(args[1]))
+        result = _all_places(args[0]) if operator is torch.ops.aten.nonzero.default else operator(*args, **(kwargs or {}))
         if self._paper.is_borrowed:
             return result
         for tensor in _tensors_in(result):
@@ -407,12 +407,15 @@ class _Ledger(TorchDispatchMode):
         return entry.kind if entry is not None else ""
 
 
-def _all_places(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """A choice by a mask, which has no numbers here, as one that takes all: the places that a mask full of ones would give."""
+def _take_all(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """A choice by a mask, which has no numbers here, as one that takes all."""
     mask = indices[0]
-    if mask is None or mask.dtype != torch.bool:
-        return indices
-    return [*mask.new_empty((mask.ndim, mask.numel()), dtype=torch.int64).unbind(), *indices[1:]]
+    return indices if mask is None or mask.dtype != torch.bool else [*_all_places(mask).unbind(1), *indices[1:]]
+
+
+def _all_places(mask: Tensor) -> Tensor:
+    """The places that a mask full of ones has, (their number, axes)."""
+    return mask.new_empty((mask.numel(), mask.ndim), dtype=torch.int64)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
