@@ -113,6 +113,13 @@ def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240, w
             assert each.code in (0, -signal.SIGKILL if failed else 0), each.said[-6000:]
 
 
+def run_script(name: str, *words: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a program of scripts/ in a folder, in a process that is forked from one that has imported train.py; a warning is an error."""
+    path = ROOT / "scripts" / name
+    (ended,) = forks_that("error").run([str(word) for word in words], script=path, folder=folder, timeout=120)
+    return subprocess.CompletedProcess([str(path), *map(str, words)], ended.code, ended.said, ended.errors)
+
+
 @functools.cache
 def forks_that(warnings: str) -> Any:
     """A process to fork from, which ends with this one."""

@@ -1,4 +1,4 @@
-"""Runs of train.py that cost half a second: children forked from a process that has imported everything already.
+"""Runs of train.py, and of scripts, that cost half a second: children forked from a process that has imported everything already.
 
 As a program it is that process: it takes cases on stdin, a JSON line each, and answers with the exit codes (``Forks`` below speaks to it).
 """
@@ -6,6 +6,7 @@ As a program it is that process: it takes cases on stdin, a JSON line each, and 
 import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -23,10 +24,11 @@ TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code, or minus the signal; and what it printed."""
+    """How a process ended: its exit code, or minus the signal; and what it printed, what scripts print as errors apart."""
 
     code: int
     said: str
+    errors: str
 
 
 class Forks:
@@ -53,11 +55,15 @@ class Forks:
         patience: float = 20.0,
         kill_after: float | None = None,
         environment: dict[str, str] | None = None,
+        script: Path | None = None,
+        folder: Path | None = None,
         **values: Any,
     ) -> None:
         """Run train.py in so many processes of one group, in this process's folder and with its environment; `result` waits for it.
 
         Args:
+            script: run instead of train.py, without input.
+            folder: to run in, in place of this process's own.
             fault: name of a function of faults.py, called in each process before train.py with its rank and ``values``.
             patience: seconds that the others have, once one has failed; then they are killed.
             kill_after: seconds after which all are killed.
@@ -67,7 +73,8 @@ class Forks:
 
         case = {"words": [str(word) for word in words], "world_size": world_size, "fault": fault, "values": values, "timeout": timeout}
         case |= {"patience": patience, "kill_after": kill_after, "port": free_port(), "output": self._outputs.name}
-        case |= {"environment": (dict(os.environ) if environment is None else environment) | self._more, "cwd": os.getcwd()}
+        case |= {"environment": (dict(os.environ) if environment is None else environment) | self._more, "cwd": str(folder or Path.cwd())}
+        case |= {"script": str(script) if script else ""}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(case) + "\n")
         self._process.stdin.flush()
@@ -76,7 +83,7 @@ class Forks:
         """How each process of the case begun first ended; one that does not end in its time fails the test."""
         assert self._process.stdout is not None
         answer = json.loads(self._process.stdout.readline())
-        ended = [Ended(code, Path(output).read_text(errors="replace")) for code, output in answer["ended"]]
+        ended = [Ended(code, *(Path(output + kind).read_text(errors="replace") for kind in ("", ".errors"))) for code, output in answer["ended"]]
         assert not answer["late"], "\n".join(f"rank {rank}: {each.said[-4000:]}" for rank, each in enumerate(ended))
         return ended
 
@@ -110,13 +117,13 @@ def serve() -> None:
 
 
 def fork(case: dict[str, Any], rank: int, output: str) -> int:
-    """A child that runs train.py; its process id."""
+    """A child that runs train.py or a script; its process id."""
     process = os.fork()
     if process:
         return process
     try:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(file, 1), os.dup2(file, 2)
+        said, errors = (os.open(output + kind, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600) for kind in ("", ".errors"))
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(said, 1), os.dup2(errors if case["script"] else said, 2)
         os.setpgid(0, 0)
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world_size"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": case["port"]}
         os.environ.clear()
@@ -129,10 +136,23 @@ def fork(case: dict[str, Any], rank: int, output: str) -> int:
             from crash import faults
 
             getattr(faults, case["fault"])(rank, **case["values"])
-        leave(run_main(train.main, case["words"]))
+        leave(run_script(case["script"], case["words"]) if case["script"] else run_main(train.main, case["words"]))
     except BaseException:
         traceback.print_exc()
     os._exit(99)
+
+
+def run_script(path: str, words: list[str]) -> int:
+    """Run a script as a program; its exit code."""
+    sys.argv = [path, *words]
+    sys.path.insert(0, str(Path(path).parent))
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return int(bool(end.code)) if isinstance(end.code, str | None) else end.code
+    return 0
 
 
 def wait(processes: list[int], timeout: float, patience: float, kill_after: float | None) -> tuple[list[int], bool]:

@@ -25,7 +25,7 @@ import sentencepiece
 import tiktoken
 import torch
 from assets.fetch_tokenizers import fetch_tokenizer
-from conftest import ROOT, TOKENIZER
+from conftest import ROOT, TOKENIZER, run_script
 from foreign import (
     COLUMN_SPLIT,
     DAMAGE,
@@ -581,11 +581,6 @@ def test_killed_conversion_leaves_nothing_that_looks_finished_and_the_same_comma
 
 
 # The scripts
-
-
-def run_script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(ROOT / "scripts" / name), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_scripts_convert_and_verify_from_the_command_line(tmp_path: Path, sound: Path) -> None:

@@ -2,14 +2,13 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TOKENIZER, Run, run_ranks, write_chats, write_toml
+from conftest import ROOT, TOKENIZER, Run, run_ranks, run_script, write_chats, write_toml
 
 from tunelib.config import load_config
 from tunelib.config.schema import ActivationCheckpoint, Lora, Model, Optimizer, Parallelism, Training
@@ -151,9 +150,8 @@ def test_checkpoint_is_as_large_as_estimated(tmp_path: Path, train: Callable[...
     assert estimate_memory(Plan(model, 1, "cpu", config.training)).checkpoint_bytes == pytest.approx(on_disk, rel=0.05)
 
 
-def run_script(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(ROOT / "scripts/estimate_memory.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def estimate(*words: str) -> subprocess.CompletedProcess[str]:
+    return run_script("estimate_memory.py", *words)
 
 
 PLANNED = """
@@ -176,13 +174,13 @@ def test_program_says_what_a_run_needs_and_what_would_fit(tmp_path: Path) -> Non
     toml = tmp_path / "planned.toml"
     toml.write_text(PLANNED)
     folder = ["--job.dump_folder", str(tmp_path / "not/yet")]
-    fits = run_script("--job.config_file", str(toml), "--ngpu", "2", "--gpu_memory_gib", "80", *folder, "--training.seq_len", "512")
+    fits = estimate("--job.config_file", str(toml), "--ngpu", "2", "--gpu_memory_gib", "80", *folder, "--training.seq_len", "512")
     assert fits.returncode == 0, fits.stderr
     assert "machine     2 × cuda, sharded over 2, float32 parameters, bfloat16 compute" in fits.stdout
     assert "run         1,000 steps, 4,096,000 tokens; 4,096 tokens a step: 1 micro-batch of 4 × 512 on each data rank" in fits.stdout
     assert "2 at once at most" in fits.stdout
     assert "fits        yes: tensors may take 72.0 of 80 GiB" in fits.stdout
-    tight = run_script(str(toml), "--gpu_memory_gib", "1.2", "--headroom", "0", "--device", "cpu", *folder)
+    tight = estimate(str(toml), "--gpu_memory_gib", "1.2", "--headroom", "0", "--device", "cpu", *folder)
     assert tight.returncode == 1, tight.stderr
     assert "fits        NO" in tight.stdout
     assert "--training.local_batch_size 1" in tight.stdout
@@ -201,7 +199,7 @@ def test_program_says_what_a_run_needs_and_what_would_fit(tmp_path: Path) -> Non
 )
 def test_mistake_is_a_sentence(tmp_path: Path, words: list[str], says: str) -> None:
     (tmp_path / "planned.toml").write_text(PLANNED)
-    done = run_script(str(tmp_path / "planned.toml"), *words)
+    done = estimate(str(tmp_path / "planned.toml"), *words)
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr

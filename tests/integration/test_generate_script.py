@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TOKENIZER
+from conftest import ROOT, TOKENIZER, run_script
 from unit.samples import tiny_model, write_model
 
 SCRIPT = [sys.executable, "-W", "error", str(ROOT / "scripts/generate.py")]
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*SCRIPT, *map(str, words)], capture_output=True, text=True, timeout=120)
+    return run_script("generate.py", *words)
 
 
 def test_answers_go_to_stdout_and_follow_the_seed(folder: Path) -> None:

@@ -3,14 +3,13 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import foreign
 import pytest
 from assets.fetch_torchtune import fetch_torchtune
-from conftest import ROOT, TOKENIZER, Run, write_chats
+from conftest import TOKENIZER, Run, run_script, write_chats
 
 from tunelib.config.foreign import import_config
 from tunelib.errors import ConfigError
@@ -47,10 +46,9 @@ fsdp_reshard_after_forward = "always"
 """
 
 
-def run_script(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run_import(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """scripts/import_config.py in a folder."""
-    command = [sys.executable, str(ROOT / "scripts/import_config.py"), *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    return run_script("import_config.py", *words, folder=folder)
 
 
 def test_imported_recipe_trains(tmp_path: Path, train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +57,7 @@ def test_imported_recipe_trains(tmp_path: Path, train: Callable[..., Run], monke
     foreign.make_hf(tmp_path / "model", tokenizer=TOKENIZER, max_position_embeddings=256)
     write_chats(tmp_path / "chats.jsonl", 40)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    finished = run_script(tmp_path, "recipe.yaml", "optimizer.lr=0.002", "--out", "ours.toml")
+    finished = run_import(tmp_path, "recipe.yaml", "optimizer.lr=0.002", "--out", "ours.toml")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == "ours.toml passes the config check for 2 processes; its lines say what they came from\n"
     run = train(tmp_path / "ours.toml", "--dataset.chat_template", "")
@@ -75,24 +73,24 @@ def test_imported_torchtitan_file_trains(tmp_path: Path, train: Callable[..., Ru
     shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
     (tmp_path / "words.jsonl").write_text("".join(json.dumps({"text": f"Number {n} is {n * n}."}) + "\n" for n in range(200)))
     (tmp_path / "titan.toml").write_text(TITAN)
-    assert run_script(tmp_path, "titan.toml", "--out", "ours.toml").returncode == 0
+    assert run_import(tmp_path, "titan.toml", "--out", "ours.toml").returncode == 0
     rows = train(tmp_path / "ours.toml").rows()
     assert [row["lr"] for row in rows] == pytest.approx([4e-6, 8e-6, 1.2e-5])  # torchtitan's own warmup of 200 steps to 8e-4
-    again = run_script(tmp_path, "titan.toml", "--out", "ours.toml")
+    again = run_import(tmp_path, "titan.toml", "--out", "ours.toml")
     assert (again.returncode, again.stderr) == (2, "command line: --out ours.toml: exists already; give another name\n")
 
 
 def test_program_says_what_is_left_out_and_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "titan.toml").write_text(TITAN.replace("seq_len = 128", "seq_len = 128\nmax_norm = -1") + "[float8]\nemulate = true\n")
-    finished = run_script(tmp_path, "titan.toml")
+    finished = run_import(tmp_path, "titan.toml")
     assert (finished.returncode, "# For one process" in finished.stdout) == (0, True)
     assert finished.stderr == "left out: training.max_norm = -1: must be above 0\n"
-    finished = run_script(tmp_path, "titan.toml", "--ngpu", "-1")
+    finished = run_import(tmp_path, "titan.toml", "--ngpu", "-1")
     assert (finished.returncode, finished.stderr) == (2, "command line: --ngpu -1: must be at least 1\n")
-    finished = run_script(tmp_path, "nothing.yaml")
+    finished = run_import(tmp_path, "nothing.yaml")
     assert (finished.returncode, finished.stderr.startswith("there is no file nothing.yaml; ")) == (2, True)
     (tmp_path / "long.toml").write_text('[model]\nname = "llama2"\nflavor = "7B"\n[training]\nseq_len = 5000\n')
-    finished = run_script(tmp_path, "long.toml", "--out", "ours.toml")
+    finished = run_import(tmp_path, "long.toml", "--out", "ours.toml")
     assert finished.returncode == 2
     assert finished.stderr.splitlines()[0] == "it does not pass the config check yet:"
     assert finished.stderr.splitlines()[1].startswith("ours.toml:")

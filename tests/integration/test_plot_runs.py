@@ -3,11 +3,10 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import run_script
 from unit.observe.readers import write_run
 from unit.observe.test_picture import count_pixels
 
@@ -16,7 +15,7 @@ BLUE, ORANGE, BLUE_IN_THE_DARK = "#2563eb", "#ea580c", "#60a5fa"
 
 
 def plot(*words: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "scripts/plot_runs.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return run_script("plot_runs.py", *words)
 
 
 def browse(page: Path, folder: Path, width: int, *flags: str) -> tuple[Path, str, list[str]]:

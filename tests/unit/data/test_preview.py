@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, open_train_data, write_chats, write_toml
+from conftest import ROOT, open_train_data, run_script, write_chats, write_toml
 from unit.samples import DEBUG_TOKENIZER
 
 from tunelib.data.preview import PLAIN, show_tokens
@@ -23,8 +23,7 @@ def toml(tmp_path: Path) -> Path:
 
 
 def preview(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts/preview_data.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run_script("preview_data.py", *words)
 
 
 def test_trained_tokens_stand_between_marks() -> None:
