@@ -23,16 +23,19 @@ CASES_OF = {
 }
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case on one process."""
-    folder = tmp_path_factory.mktemp("one")
-    data = write_chats(folder / "chats.jsonl", 80)
-    cases = dict.fromkeys(case for of_layout in CASES_OF.values() for case in of_layout)
-    for case in FIRST_CASES:
-        make_family(folder / "hf" / case, case, tokenizer=TOKENIZER)
-    (folder / "run.toml").write_text(
-        f"""
+FAST = (("tensor", "Phi-3"), ("tensor", "OLMo 2"), ("context", "Gemma 2"))
+"""Fused projections, norms over all heads, windows with capped scores: what is most particular on a layout."""
+
+
+class OnOne:
+    """Every case on one process, run when it is first asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        data = write_chats(folder / "chats.jsonl", 80)
+        self.toml = folder / "run.toml"
+        self.toml.write_text(
+            f"""
 [dataset]
 path = "{data}"
 [training]
@@ -48,41 +51,54 @@ freq = 10
 prompts = ["say sage"]
 max_new_tokens = 4
 """
-    )
-    run_processes([words_of(folder, case, folder / "runs" / case) for case in cases], 1)
-    return folder
+        )
+
+    def words(self, case: str, target: Path) -> list[str]:
+        """For a run of a case, whose weights are made when they are first asked for."""
+        family, _, lora = case.partition(",")
+        weights = self.folder / "hf" / family
+        if not weights.exists():
+            make_family(weights, family, tokenizer=TOKENIZER)
+        return [str(self.toml), "--job.dump_folder", str(target), "--checkpoint.initial_load_path", str(weights), *(LORA if lora else [])]
+
+    def run(self, case: str) -> Run:
+        target = self.folder / "runs" / case
+        if not target.exists():
+            run_processes([self.words(case, target)], 1)
+        return Run(target)
 
 
-def words_of(folder: Path, case: str, target: Path) -> list[str]:
-    family, _, lora = case.partition(",")
-    weights = ["--checkpoint.initial_load_path", str(folder / "hf" / family)]
-    return [str(folder / "run.toml"), "--job.dump_folder", str(target), *weights, *(LORA if lora else [])]
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> OnOne:
+    return OnOne(tmp_path_factory.mktemp("one"))
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("layout", [pytest.param(layout, marks=[] if layout == "tensor" else [pytest.mark.slow]) for layout in LAYOUTS])
-def test_two_processes_train_every_family_as_one(one: Path, tmp_path: Path, layout: str) -> None:
-    run_processes([[*words_of(one, case, tmp_path / case), *LAYOUTS[layout]] for case in CASES_OF[layout]], 2, timeout=400)
-    for case in CASES_OF[layout]:
-        expected, found = Run(one / "runs" / case), Run(tmp_path / case)
-        for name in ("loss", "grad_norm", "validation_loss"):
-            assert len(expected.series(name)) == (2 if name == "validation_loss" else STEPS)
-            assert found.series(name) == pytest.approx(expected.series(name), rel=FLOAT64_RELATIVE), (case, name)
-        assert expected.series("loss")[-1] < expected.series("loss")[0], "nothing was learned, so nothing was compared"
-        assert found.samples() == expected.samples()
-        for name, weight in expected.weights().items():
-            assert (found.weights()[name] - weight).norm() <= FLOAT32_ROUNDING * weight.norm(), (case, name)  # as they leave, in the base's type
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    [pytest.param(layout, case, marks=[] if (layout, case) in FAST else [pytest.mark.slow]) for layout in LAYOUTS for case in CASES_OF[layout]],
+)
+def test_two_processes_train_every_family_as_one(one: OnOne, tmp_path: Path, layout: str, case: str) -> None:
+    run_processes([[*one.words(case, tmp_path), *LAYOUTS[layout]]], 2, timeout=400)
+    expected, found = one.run(case), Run(tmp_path)
+    for name in ("loss", "grad_norm", "validation_loss"):
+        assert len(expected.series(name)) == (2 if name == "validation_loss" else STEPS)
+        assert found.series(name) == pytest.approx(expected.series(name), rel=FLOAT64_RELATIVE), name
+    assert expected.series("loss")[-1] < expected.series("loss")[0], "nothing was learned, so nothing was compared"
+    assert found.samples() == expected.samples()
+    for name, weight in expected.weights().items():
+        assert (found.weights()[name] - weight).norm() <= FLOAT32_ROUNDING * weight.norm(), name  # as they leave, in the base's type
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("layout", ["one", "tensor"])
-def test_compiled_layers_of_every_family_train_as_plain_ones(one: Path, tmp_path: Path, layout: str) -> None:
+def test_compiled_layers_of_every_family_train_as_plain_ones(one: OnOne, tmp_path: Path, layout: str) -> None:
     """Each in two whole graphs: what breaks one is an error."""
     words = ["--compile.enable", *LAYOUTS.get(layout, [])]
-    cases = [[*words_of(one, case, tmp_path / case), *words] for case in FIRST_CASES]
+    cases = [[*one.words(case, tmp_path / case), *words] for case in FIRST_CASES]
     run_processes(cases, 2 if layout == "tensor" else 1, timeout=1400, warnings="default")
     for case in FIRST_CASES:
-        expected, found = Run(one / "runs" / case), Run(tmp_path / case)
+        expected, found = one.run(case), Run(tmp_path / case)
         for name in ("loss", "grad_norm", "validation_loss"):
             assert found.series(name) == pytest.approx(expected.series(name), rel=FLOAT64_RELATIVE), (case, name)
