@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,10 +106,14 @@ def run_processes(cases: list[list[str]], world_size: int, timeout: int = 240, w
         warnings: what becomes of them; torch.compile makes some of its own.
     """
     for words in cases:
-        ended = forks_that(warnings).run(words, world_size, timeout=timeout, patience=10)
-        failed = [each for each in ended if each.code not in (0, -signal.SIGKILL)]
-        for each in ended:
-            assert each.code in (0, -signal.SIGKILL if failed else 0), each.said[-6000:]
+        check_ended(forks_that(warnings).run(words, world_size, timeout=timeout, patience=10))
+
+
+def check_ended(ended: list[Any]) -> None:
+    """That all processes of a group ended well; where one has failed, the others were killed, and it is the one that is shown."""
+    failed = [each for each in ended if each.code not in (0, -signal.SIGKILL)]
+    for each in ended:
+        assert each.code in (0, -signal.SIGKILL if failed else 0), (each.said + each.errors)[-6000:]
 
 
 def run_script(name: str, *words: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -130,40 +133,17 @@ def forks_that(warnings: str) -> Any:
     return forks
 
 
-def run_ranks(words: list[str], world_size: int, timeout: int = 120) -> list[str]:
+def run_ranks(program: Path, words: list[str], world_size: int, timeout: int = 120, warnings: str = "default") -> list[str]:
     """Run a Python program as so many processes of one group; what each printed. One that fails or hangs fails the test, and all are killed."""
-    group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common = os.environ | group | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, *words],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    deadline = time.monotonic() + timeout
-    with ThreadPoolExecutor(world_size) as readers:
-        outputs = [readers.submit(lambda worker=worker: worker.communicate()[0]) for worker in workers]
-        while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
-            if any(worker.poll() for worker in workers):
-                deadline = min(deadline, time.monotonic() + 10)  # the others wait for one that has failed
-            time.sleep(0.02)
-        for worker in workers:
-            worker.kill()
-    said = [output.result() for output in outputs]
-    failed = [worker.returncode for worker in workers if worker.returncode not in (0, -signal.SIGKILL)]
-    for worker, output in zip(workers, said, strict=True):
-        assert worker.returncode in (0, -signal.SIGKILL if failed else 0), output[-6000:]
-    return said
+    ended = forks_that(warnings).run(words, world_size, script=program, timeout=timeout, patience=10)
+    check_ended(ended)
+    return [each.said for each in ended]
 
 
 def count_traffic(model: Path, world_size: int, layout: dict[str, int], lora: dict[str, Any]) -> list[dict[str, Any]]:
     """What every process sends in a step of a model folder on a layout; see tests/integration/count_traffic.py."""
-    words = [str(ROOT / "tests/integration/count_traffic.py"), str(model), json.dumps(layout), json.dumps(lora)]
-    return [json.loads(output.splitlines()[-1]) for output in run_ranks(words, world_size)]
+    words = [str(model), json.dumps(layout), json.dumps(lora)]
+    return [json.loads(output.splitlines()[-1]) for output in run_ranks(ROOT / "tests/integration/count_traffic.py", words, world_size)]
 
 
 PORTS = iter(random.Random(os.getpid()).sample(range(15000, 30000), 15000))

@@ -73,7 +73,7 @@ def test_estimate_is_what_torch_tracks_in_a_step_that_is_taken(world_size: int) 
     In a pipeline the tracker does not see what stages receive into, which is there from the first step on.
     """
     plans = [{"model": MODEL, "training": BATCH, **given} for given in CASES[world_size].values()]
-    outputs = run_ranks([str(ROOT / "tests/integration/track_memory.py"), json.dumps(plans)], world_size, timeout=200)
+    outputs = run_ranks(ROOT / "tests/integration/track_memory.py", [json.dumps(plans)], world_size, timeout=200)
     of_ranks = [json.loads(output.splitlines()[-1]) for output in outputs]
     for number, name in enumerate(CASES[world_size]):
         worst = max((of_rank[number] for of_rank in of_ranks), key=lambda tracked: tracked["Total"])

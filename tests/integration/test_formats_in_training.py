@@ -211,7 +211,7 @@ def test_dcp_to_torch_of_a_model_only_checkpoint_is_flat_and_taken_back(tmp_path
 def test_four_processes_read_little_more_than_their_shares(tmp_path: Path) -> None:
     """Bytes that each process asks the system for, by /proc, while weights are given to a spread model."""
     foreign.make_hf(tmp_path / "hf", shards=3, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, head_dim=64, vocab_size=4096)
-    outputs = run_ranks([str(ROOT / "tests/integration/count_reads.py"), str(tmp_path / "hf")], 4)
+    outputs = run_ranks(ROOT / "tests/integration/count_reads.py", [str(tmp_path / "hf")], 4)
     total = sum(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
     for output in outputs:
         found = re.search(r"read (\d+) of own (\d+)", output)

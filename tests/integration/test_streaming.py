@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TOKENIZER, Run, run_processes, run_ranks
+from conftest import TOKENIZER, Run, run_processes, run_ranks
 from hub_server import hub_environment, serve_hub
 
 WORDS = ["--training.global_batch_size", "4", "--checkpoint.enable_checkpoint", "--checkpoint.interval", "3"]
@@ -69,7 +69,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def test_rollback_gives_a_stream_its_rows_again(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rollback_gives_a_stream_its_rows_again(toml: Path, tmp_path: Path) -> None:
     """To the very step before the one that is passed over, and further; the rows after it are those of a run that only skips it.
 
     In a process of its own: the Hub's client reads where the Hub is when it is imported.
@@ -78,8 +78,9 @@ def test_rollback_gives_a_stream_its_rows_again(toml: Path, tmp_path: Path, monk
     for policy, interval in (("skip", "3"), ("rollback", "3"), ("rollback", "2")):
         folder = ["--job.dump_folder", str(tmp_path / f"{policy}{interval}")]
         cases.append([str(toml), *folder, "--training.steps", "7", *WORDS[:-1], interval, "--training.on_nonfinite", policy])
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    run_ranks(["-W", "error", "-c", SPOILT_ONCE, json.dumps(cases)], 1)
+    program = tmp_path / "spoilt_once.py"
+    program.write_text(SPOILT_ONCE)
+    run_ranks(program, [json.dumps(cases)], 1, warnings="error")
     skipped = Run(tmp_path / "skip3").series("loss")
     assert len(skipped) == 6
     assert Run(tmp_path / "rollback3").series("loss") == Run(tmp_path / "rollback2").series("loss") == skipped

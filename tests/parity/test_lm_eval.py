@@ -131,8 +131,8 @@ def test_figures_of_tasks_are_those_of_lm_evals_own_model(folder: Path, referenc
 
 def test_two_processes_print_what_one_does_and_what_is_true(folder: Path, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    words = [str(ROOT / "scripts/evaluate.py"), str(folder), "--tasks", *BOTH, "--include_path", "train_configs/tasks", "--batch_size", "2"]
-    one, two = (run_ranks(words, world_size)[0] for world_size in (1, 2))
+    words = [str(folder), "--tasks", *BOTH, "--include_path", "train_configs/tasks", "--batch_size", "2"]
+    one, two = (run_ranks(ROOT / "scripts/evaluate.py", words, world_size)[0] for world_size in (1, 2))
     assert one == two
     for task, figures in ask_theirs(reference, Questions(BOTH, "train_configs/tasks")).items():
         own = next(value for name, value in figures.items() if "," in name and "stderr" not in name)

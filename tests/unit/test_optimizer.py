@@ -167,8 +167,9 @@ whole["weight"] = model.weight.detach().full_tensor() if world_size > 1 else mod
 torch.save(whole, f"{sys.argv[2]}/{world_size}.pt")
 dist.destroy_process_group() if world_size > 1 else None
 """
+    (tmp_path / "program.py").write_text(program)
     for world_size in (1, 2):
-        run_ranks(["-c", program, str(world_size), str(tmp_path)], world_size, timeout=240)
+        run_ranks(tmp_path / "program.py", [str(world_size), str(tmp_path)], world_size, timeout=240)
     one, two = (torch.load(tmp_path / f"{number}.pt") for number in (1, 2))
     assert one["exp_avg.codes"].shape == (1, 4096)
     assert one.keys() == two.keys()
