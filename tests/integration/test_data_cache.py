@@ -151,6 +151,7 @@ def test_four_runs_at_once_build_the_index_once(tmp_path: Path, start: Start) ->
     assert all("with 2 processes" in words or "waiting for another process that tokenises it" in words for words in said)
 
 
+@pytest.mark.slow
 def test_killed_build_leaves_no_index_and_the_next_run_clears_it_away(tmp_path: Path, start: Start) -> None:
     cache = tmp_path / "cache"
     killed = start(cache, delay=0.05)

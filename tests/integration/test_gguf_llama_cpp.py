@@ -197,7 +197,7 @@ def find_differences(folder: Path, path: Path, texts: list[str]) -> list[tuple[s
     return [(request["content"], theirs, ours) for request, theirs, ours in zip(requests, found, expected, strict=True) if theirs != ours]
 
 
-@pytest.mark.parametrize("name", ["smollm2", "debug", "qwen2", "llama3", "mistral-v1"])
+@pytest.mark.parametrize("name", ["smollm2", "debug", "qwen2", pytest.param("llama3", marks=pytest.mark.slow), "mistral-v1"])
 def test_texts_become_the_same_tokens(tmp_path: Path, smollm2: Path, name: str) -> None:
     if name == "qwen2":  # the published way to split a text, with another's vocabulary
         folder = tmp_path / "qwen2"

@@ -67,7 +67,7 @@ def run_and_kill(words: list[str], world_size: int, folder: Path, step: int) -> 
             worker.communicate()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path: Path, toml: Path, world_size: int) -> None:
     whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")
     run_and_kill([str(toml), *STEPS, "--job.dump_folder", str(cut.folder)], world_size, cut.folder, step=8)

@@ -55,7 +55,7 @@ def toml(tmp_path: Path) -> Path:
     return write_toml(tmp_path / "tiny.toml", write_chats(tmp_path / "chats.jsonl", 60), SETTINGS)
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_warning_saves_and_puts_the_job_back_once_and_the_job_goes_on(
     slurm: Slurm, toml: Path, tmp_path: Path, train: Callable[..., Run], processes: str
 ) -> None:

@@ -124,7 +124,9 @@ def test_ranks_that_may_need_most_are_looked_at() -> None:
     assert ranks_to_look_at(Plan(MODEL, 8, "cpu", TRAINING, Parallelism(context_parallel_degree=2, tensor_parallel_degree=4))) == [0, 4]
 
 
-@pytest.mark.parametrize("schedule", ["1F1B", "GPipe", "Interleaved1F1B", "ZBVZeroBubble"])
+@pytest.mark.parametrize(
+    "schedule", ["1F1B", *(pytest.param(name, marks=pytest.mark.slow) for name in ("GPipe", "Interleaved1F1B", "ZBVZeroBubble"))]
+)
 def test_stages_have_their_own_parameters_and_all_of_them_are_saved(schedule: str) -> None:
     deep = replace(MODEL, num_hidden_layers=8)
     section = Parallelism(pipeline_parallel_degree=2, pipeline_parallel_schedule=schedule)  # type: ignore[arg-type]
@@ -135,7 +137,7 @@ def test_stages_have_their_own_parameters_and_all_of_them_are_saved(schedule: st
 
 
 def test_stages_of_gpipe_keep_more_micro_batches_than_those_of_1f1b() -> None:
-    deep = replace(MODEL, num_hidden_layers=8)
+    deep = replace(MODEL, num_hidden_layers=4)
     kept = [
         estimate_memory(Plan(deep, 2, "cpu", TRAINING, Parallelism(pipeline_parallel_degree=2, pipeline_parallel_schedule=schedule))).peak.total
         for schedule in ("1F1B", "GPipe")

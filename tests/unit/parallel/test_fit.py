@@ -63,5 +63,6 @@ def test_more_gpus_share_the_batch_where_it_divides() -> None:
     assert found == [f"{gentle} --ngpu 4 --parallelism.data_parallel_shard_degree 4", f"{gentle} --lora.enable --training.dtype bfloat16"]
 
 
+@pytest.mark.slow
 def test_nothing_is_found_where_nothing_fits() -> None:
     assert list(find_changes(estimate_memory(PLAN), 1000)) == []
