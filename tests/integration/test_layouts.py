@@ -247,7 +247,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
 
 
 def cases_but(*left_out: str) -> list[Any]:
-    """All cases; those that the fast ones of two processes above, or another case, come near to are slow."""
+    """All cases but some, with the mark of the slow ones."""
     slow = ("fp32_accumulation", "unpacked", "tied", "never_reshard")
     return [pytest.param(case, marks=[pytest.mark.slow] if case in slow else []) for case in CASES if case not in left_out]
 

@@ -90,7 +90,7 @@ def test_section_reaches_torch() -> None:
 
 @contextlib.contextmanager
 def uncompiled(name: str) -> Iterator[None]:
-    """Without compiling AdamW8bit's step, which takes a minute for the shapes of a model."""
+    """Without compiling AdamW8bit's step, which took most of the time of a test that does not look at it."""
     with torch.compiler.set_stance("force_eager") if name == "AdamW8bit" else contextlib.nullcontext():
         yield
 
