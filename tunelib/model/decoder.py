@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunelib.batch import IGNORED
 from tunelib.model.attention import Attention, Documents, Segments, attend, plan_documents
 from tunelib.model.cache import KeyValues
 from tunelib.model.config import ModelConfig
 from tunelib.model.form import form_of
-from tunelib.model.loss import capped, summed_loss, token_scores
+from tunelib.model.loss import capped, find_labelled, summed_loss, take, token_scores
 from tunelib.model.norm import build_norm
 from tunelib.model.rope import rope_tables
 
@@ -77,7 +76,7 @@ class DecoderLayer(nn.Module):
         """(B, S, hidden) → the same; or, of the positions in ``asked`` (T), counted over all rows, (T, hidden)."""
         attended = attend(*self.begin(x, rope), documents, self.form)
         if asked is not None:
-            x, attended = x.flatten(0, 1).index_select(0, asked), attended.flatten(0, 1).index_select(0, asked)
+            x, attended = take(asked, x), take(asked, attended)
         return self.finish(x, attended)
 
     def begin(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,8 +127,8 @@ class HeadShare(Protocol):
     def pad(
         self, tokens: Tensor, positions: Tensor, labels: Tensor | None, lengths: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...]]: ...
-    def loss(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor: ...
-    def scores(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor: ...
+    def loss(self, hidden: Tensor, asked: Tensor, labels: Tensor, head: nn.Module) -> Tensor: ...  # hidden (B, S, hidden), the others (T)
+    def scores(self, hidden: Tensor, asked: Tensor, labels: Tensor, head: nn.Module) -> Tensor: ...
     def logits(self, hidden: Tensor, head: nn.Module) -> Tensor: ...
 
 
@@ -204,33 +203,24 @@ class Decoder(nn.Module):
             assert self.share is not None
             assert labels is not None
             tokens, positions, labels, documents = self.share(tokens, positions, labels, document_lengths)
-        asked = self._find_asked(labels)
-        hidden = self.model(tokens if self.is_first else inputs, positions, documents, asked)
+        asked = None if labels is None or not self.is_last else find_labelled(labels)
+        # Where they are few, what follows the last attention is not computed for others, if processes do not share the work on each.
+        ends_there = asked is not None and self.head_share is None and len(asked) <= FEW * positions.numel()
+        hidden = self.model(tokens if self.is_first else inputs, positions, documents, asked if ends_there else None)
         if not self.is_last:
             return hidden
-        if labels is not None and asked is not None:
-            labels = labels.flatten()[asked]
-        if labels is not None and score:
-            if self.head_share is not None:
-                return self.head_share.scores(hidden, labels, self.lm_head)
+        if labels is None or asked is None:
+            if self.head_share is None:
+                return self.logits_of(hidden)
+            return capped(self.head_share.logits(hidden, self.lm_head)[:, :width], self.config.final_softcap)
+        labels = take(asked, labels)
+        if self.head_share is not None:
+            return (self.head_share.scores if score else self.head_share.loss)(hidden, asked, labels, self.lm_head)
+        if not ends_there:
+            hidden = take(asked, hidden)
+        if score:
             return token_scores(hidden, labels, self.lm_head, self.config.final_softcap)
-        if labels is not None:
-            if self.head_share is not None:
-                return self.head_share.loss(hidden, labels, self.lm_head)
-            return summed_loss(hidden, labels, self.lm_head.weight, softcap=self.config.final_softcap)
-        if self.head_share is None:
-            return self.logits_of(hidden)
-        return capped(self.head_share.logits(hidden, self.lm_head)[:, :width], self.config.final_softcap)
-
-    def _find_asked(self, labels: Tensor | None) -> Tensor | None:
-        """(T): the labelled positions, counted over all rows; where they are few, what follows the last attention is not computed for others.
-
-        None for all positions, as where processes share the work on each.
-        """
-        if labels is None or not self.is_last or self.head_share is not None:
-            return None
-        asked = (labels.flatten() != IGNORED).nonzero().squeeze(1)
-        return asked if len(asked) <= FEW * labels.numel() else None
+        return summed_loss(hidden, labels, self.lm_head.weight, softcap=self.config.final_softcap)
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """(…, hidden) after the last norm → (…, V), where the head is whole."""

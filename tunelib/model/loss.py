@@ -23,20 +23,29 @@ class VocabularyShare(Protocol):
     def combine(self, logsumexp: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]: ...  # of all parts together; (t, 1) each
 
 
+def find_labelled(labels: Tensor) -> Tensor:
+    """(T): the places of those labels (B, S) that are not IGNORED, counted over all rows. Waits for the device."""
+    return (labels.flatten() != IGNORED).nonzero().squeeze(1)
+
+
+def take(places: Tensor, of_all: Tensor) -> Tensor:
+    """(B, S, …) → (T, …): a copy of what is at some places, counted over all rows."""
+    return of_all.flatten(0, 1).index_select(0, places)
+
+
 def summed_loss(hidden: Tensor, labels: Tensor, head: Tensor, share: VocabularyShare | None = None, softcap: float = 0.0) -> Tensor:
     """Cross-entropy in nats, summed over the trained tokens of a micro-batch, in float32 or better; 0 where there is none.
 
-    The head is computed at trained positions only, and its logits are never all there.
+    Their logits are never all there.
 
     Args:
-        hidden: (B, S, hidden) after the last norm.
-        labels: (B, S), IGNORED where a token is not trained.
+        hidden: (T, hidden) after the last norm.
+        labels: (T).
         head: (V, hidden), or this process's rows of it.
         share: where other processes have other rows; the gradient of ``hidden`` is then a part of a sum over them.
         softcap: see `capped`.
     """
-    trained = labels != IGNORED
-    return _HeadLoss.apply(hidden[trained], head, labels[trained], share, softcap, torch.is_grad_enabled())
+    return _HeadLoss.apply(hidden, head, labels, share, softcap, torch.is_grad_enabled())
 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:
@@ -49,19 +58,17 @@ def token_scores(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor
     token (which float32 holds exactly).
 
     Args:
-        hidden: (B, S, hidden) after the last norm.
-        labels: (B, S), IGNORED where nothing is asked.
-        head: hidden states (t, hidden) → logits (t, V); called at labelled positions only, some at a time.
+        hidden: (T, hidden) after the last norm.
+        labels: (T).
+        head: hidden states (t, hidden) → logits (t, V); called with some at a time.
         softcap: logits are held within ± this; 0 for no limit.
     """
-    asked = labels != IGNORED
-    chosen, wanted = hidden[asked], labels[asked]  # (T, hidden), (T)
     precise = torch.promote_types(hidden.dtype, torch.float32)
-    scores = torch.empty(len(wanted), 2, dtype=precise, device=hidden.device)
-    for begin in range(0, len(wanted), POSITIONS_AT_ONCE):
+    scores = torch.empty(len(labels), 2, dtype=precise, device=hidden.device)
+    for begin in range(0, len(labels), POSITIONS_AT_ONCE):
         at_once = slice(begin, begin + POSITIONS_AT_ONCE)
-        logits = capped(head(chosen[at_once]).to(precise), softcap)  # (t, V)
-        scores[at_once, 0] = logits.gather(1, wanted[at_once, None]).squeeze(1) - logits.logsumexp(1)
+        logits = capped(head(hidden[at_once]).to(precise), softcap)  # (t, V)
+        scores[at_once, 0] = logits.gather(1, labels[at_once, None]).squeeze(1) - logits.logsumexp(1)
         scores[at_once, 1] = logits.argmax(1).to(precise)
     return scores
 

@@ -371,8 +371,6 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # to see what it does inside
-        if operator is torch.ops.aten.index.Tensor:
-            args = (args[0], _take_all(args[1]))
         result = _all_places(args[0]) if operator is torch.ops.aten.nonzero.default else operator(*args, **(kwargs or {}))
         if self._paper.is_borrowed:
             return result
@@ -407,14 +405,8 @@ class _Ledger(TorchDispatchMode):
         return entry.kind if entry is not None else ""
 
 
-def _take_all(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """A choice by a mask, which has no numbers here, as one that takes all."""
-    mask = indices[0]
-    return indices if mask is None or mask.dtype != torch.bool else [*_all_places(mask).unbind(1), *indices[1:]]
-
-
 def _all_places(mask: Tensor) -> Tensor:
-    """The places that a mask full of ones has, (their number, axes)."""
+    """The places of a mask, which has no numbers here, as if it were full of ones: (their number, axes)."""
     return mask.new_empty((mask.numel(), mask.ndim), dtype=torch.int64)
 
 

@@ -30,7 +30,7 @@ from tunelib.config.schema import Lora
 from tunelib.errors import ConfigError
 from tunelib.model.config import ModelConfig
 from tunelib.model.decoder import Decoder, DecoderLayer
-from tunelib.model.loss import summed_loss, token_scores
+from tunelib.model.loss import summed_loss, take, token_scores
 
 BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_COLUMNS = ("o_proj", "down_proj")
@@ -191,16 +191,22 @@ class HeadShare:
         tokens, positions = F.pad(tokens, (0, padding)), F.pad(positions, (0, padding))
         return tokens, positions, None if labels is None else F.pad(labels, (0, padding), value=IGNORED), pad_documents(lengths, width, padding)
 
-    def loss(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-        """What `tunelib.model.loss.summed_loss` gives, without logits of the whole vocabulary anywhere."""
+    def loss(self, hidden: Tensor, asked: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+        """What `tunelib.model.loss.summed_loss` gives of the places in ``asked``, without logits of the whole vocabulary anywhere.
+
+        Args:
+            hidden: (B, S, hidden), split along the sequence.
+            asked: (T), counted over all rows.
+            labels: (T).
+        """
         assert isinstance(head.weight, DTensor)
         rows = head.weight.to_local()  # (V / n, hidden)
         part = _VocabularyPart(self.mesh.get_local_rank() * len(rows), self.mesh.get_group())
-        return summed_loss(_whole(hidden).to_local(grad_placements=[Partial()]), labels, rows, part, self.softcap)
+        return summed_loss(take(asked, _whole(hidden).to_local(grad_placements=[Partial()])), labels, rows, part, self.softcap)
 
-    def scores(self, hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-        """What `tunelib.model.loss.token_scores` gives, on every process."""
-        return token_scores(_whole(hidden).to_local(), labels, lambda chosen: head(chosen).full_tensor(), self.softcap)
+    def scores(self, hidden: Tensor, asked: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+        """What `tunelib.model.loss.token_scores` gives of the places in ``asked``, on every process."""
+        return token_scores(take(asked, _whole(hidden).to_local()), labels, lambda chosen: head(chosen).full_tensor(), self.softcap)
 
     def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
         """(B, S, V) before they are capped, whole on every process."""

@@ -12,7 +12,7 @@ from tunelib.batch import IGNORED
 from tunelib.data.tokenizer import Tokenizer
 from tunelib.infer.generate import Stops, generate_greedy
 from tunelib.infer.score import Crew, Interrupted, Text, continue_texts, deal_rows, pack, score_texts
-from tunelib.model.loss import POSITIONS_AT_ONCE, token_scores
+from tunelib.model.loss import POSITIONS_AT_ONCE, find_labelled, take, token_scores
 
 CPU = torch.device("cpu")
 ALONE = Crew(CPU)
@@ -50,12 +50,13 @@ def test_head_is_computed_in_pieces_where_something_is_asked_and_nowhere_else() 
     sizes: list[int] = []
     labels = torch.zeros(1, 3 * POSITIONS_AT_ONCE, dtype=torch.int64)
     labels[0, POSITIONS_AT_ONCE // 2 : POSITIONS_AT_ONCE] = IGNORED
+    asked = find_labelled(labels)
 
     def head(hidden: torch.Tensor) -> torch.Tensor:
         sizes.append(len(hidden))
         return hidden @ torch.ones(4, 7)
 
-    assert token_scores(torch.randn(1, 3 * POSITIONS_AT_ONCE, 4), labels, head).shape == (5 * POSITIONS_AT_ONCE // 2, 2)
+    assert token_scores(take(asked, torch.randn(1, 3 * POSITIONS_AT_ONCE, 4)), take(asked, labels), head).shape == (5 * POSITIONS_AT_ONCE // 2, 2)
     assert sizes == [POSITIONS_AT_ONCE, POSITIONS_AT_ONCE, POSITIONS_AT_ONCE // 2]
 
 

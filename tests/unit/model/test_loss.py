@@ -8,7 +8,7 @@ from unit.samples import tiny_model
 
 from tunelib.batch import IGNORED
 from tunelib.model import loss as loss_room
-from tunelib.model.loss import capped, summed_loss
+from tunelib.model.loss import VocabularyShare, capped, find_labelled, summed_loss, take
 
 
 def make_case() -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:
@@ -20,16 +20,23 @@ def make_case() -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:
     return hidden, labels, head
 
 
+def labelled_loss(
+    hidden: torch.Tensor, labels: torch.Tensor, head: torch.Tensor, share: VocabularyShare | None = None, softcap: float = 0.0
+) -> torch.Tensor:
+    asked = find_labelled(labels)
+    return summed_loss(take(asked, hidden), take(asked, labels), head, share, softcap)
+
+
 def test_loss_is_torchs_cross_entropy_summed() -> None:
     hidden, labels, head = make_case()
     expected = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    torch.testing.assert_close(summed_loss(hidden, labels, head.weight), expected)
+    torch.testing.assert_close(labelled_loss(hidden, labels, head.weight), expected)
 
 
 def test_losses_of_micro_batches_add_up_to_the_batchs() -> None:
     hidden, labels, head = make_case()
-    parts = sum(summed_loss(hidden[row : row + 1], labels[row : row + 1], head.weight) for row in range(4))
-    torch.testing.assert_close(parts, summed_loss(hidden, labels, head.weight))
+    parts = sum(labelled_loss(hidden[row : row + 1], labels[row : row + 1], head.weight) for row in range(4))
+    torch.testing.assert_close(parts, labelled_loss(hidden, labels, head.weight))
 
 
 @pytest.mark.parametrize("trained", ["both", "hidden", "head", "none"])
@@ -47,7 +54,7 @@ def test_positions_in_parts_have_the_gradients_of_all_logits(monkeypatch: pytest
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
     for at_once in (1, 5, 14, 1024):
         monkeypatch.setattr(loss_room, "POSITIONS_AT_ONCE", at_once)
-        found = summed_loss(hidden, labels, head)
+        found = labelled_loss(hidden, labels, head)
         torch.testing.assert_close(found, expected, rtol=min(tolerance, 1e-5), atol=tolerance)
         if inputs:
             of_found = torch.autograd.grad(found / 7, inputs, retain_graph=True)
@@ -71,7 +78,7 @@ def test_micro_batch_without_a_trained_token_gives_zero_and_zero_gradients() -> 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
 def test_loss_is_in_float32_or_better(dtype: torch.dtype, expected: torch.dtype) -> None:
     hidden, labels, head = make_case()
-    assert summed_loss(hidden.to(dtype), labels, head.weight.to(dtype)).dtype == expected
+    assert labelled_loss(hidden.to(dtype), labels, head.weight.to(dtype)).dtype == expected
 
 
 def test_model_with_labels_gives_the_loss_of_its_logits() -> None:
@@ -97,7 +104,7 @@ class HalfOfTwo:
 def test_who_comes_again_gets_gradients_of_another_scale() -> None:
     hidden, labels, head = make_case()
     hidden.requires_grad_()
-    loss = summed_loss(hidden, labels, head.weight)
+    loss = labelled_loss(hidden, labels, head.weight)
     once = torch.autograd.grad(loss / 3, (hidden, head.weight), retain_graph=True)
     once = [gradient.clone() for gradient in once]
     again = torch.autograd.grad(2 * loss, (hidden, head.weight))
@@ -114,7 +121,7 @@ def test_capped_logits_have_the_loss_and_the_gradients_of_the_formula(monkeypatc
     assert logits.abs().max() > 0.6  # where the cap bends much
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     of_expected = torch.autograd.grad(expected, (hidden, head.weight))
-    found = summed_loss(hidden, labels, head.weight, softcap=0.8)
+    found = labelled_loss(hidden, labels, head.weight, softcap=0.8)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, (hidden, head.weight)), of_expected)
     if at_once < 1024:
@@ -128,7 +135,7 @@ def test_capped_logits_have_the_loss_and_the_gradients_of_the_formula(monkeypatc
         chosen = torch.where(is_there, other.gather(1, ids.clamp(0, 4)), 0)
         share = HalfOfTwo(first, (other.logsumexp(1, keepdim=True), chosen))
         rows = head.weight.detach()[first : first + 5].requires_grad_()
-        loss = summed_loss(hidden, labels, rows, share, softcap=0.8)
+        loss = labelled_loss(hidden, labels, rows, share, softcap=0.8)
         torch.testing.assert_close(loss, expected)
         of_hidden, of_rows = torch.autograd.grad(loss, (hidden, rows))
         halves[0].add_(of_hidden)
